@@ -1,0 +1,184 @@
+//! Where events are kept: publish, live hints, history. The only trait of the gateway, with two implementations that
+//! pass the same tests: [`embedded`] (in this process's memory) and [`nats`] (JetStream).
+//!
+//! A broker is trusted to keep a log: what is removed by its limits is always a prefix, and a read that shows an event
+//! shows every kept one before it. Its live hints are trusted with nothing (on NATS they are delivered at most once):
+//! `hub` proves each of them, or reads.
+
+pub mod embedded;
+pub mod nats;
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{Stream, future::BoxFuture};
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use crate::{
+    event::{Epoch, Event, EventId, EventType},
+    subject::{Filter, Subject},
+};
+
+/// A handle to the broker that every part of a gateway shares.
+pub type SharedBroker = Arc<dyn Broker>;
+
+#[async_trait]
+pub trait Broker: Send + Sync + 'static {
+    /// Hands one event to the broker. Events are stored in the order of these calls; the acknowledgement that comes
+    /// back resolves once this one is.
+    ///
+    /// # Errors
+    /// Here when nothing was handed over; in the acknowledgement when the broker refused or the outcome is unknown.
+    async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError>;
+
+    /// Begins to listen for events that match `filter`. When this returns, the broker (on a cluster: the server that
+    /// this gateway is connected to) knows of it.
+    async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError>;
+
+    /// Reads kept events: one bounded page.
+    async fn read(&self, read: Read) -> Result<Page, BrokerError>;
+
+    /// Asks for the last sequence of each of these subjects, all as of one moment; used to audit many feeds with one
+    /// request. `None` where the broker can't tell all of them at once: ask for fewer.
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError>;
+
+    /// Which incarnation of the stream this is, and what it holds: the word of the stream's leader.
+    async fn bounds(&self) -> Result<Bounds, BrokerError>;
+
+    /// Counts the occasions on which live hints may have been lost without notice (a reconnect, an election, a stream
+    /// event). Whoever relies on hints reads again when it moves.
+    fn doubts(&self) -> watch::Receiver<u64>;
+
+    /// Whether requests can be expected to succeed now.
+    fn health(&self) -> Health;
+
+    /// One line for people: which broker this is and how much it keeps.
+    fn describe(&self) -> String;
+}
+
+/// An event to be stored.
+#[derive(Clone, Debug)]
+pub struct Publication {
+    pub subject: Subject,
+    pub kind: Option<EventType>,
+    pub payload: Bytes,
+    /// How long the event is kept, in whole seconds, at least one. `None`: as long as the stream keeps anything.
+    pub ttl: Option<Duration>,
+    /// Publications with the same subject and key, within the broker's window, are stored once.
+    pub key: Option<String>,
+    pub condition: Option<Condition>,
+}
+
+/// Store only if the subject's last kept event is this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// The subject's last event has this id (`If-Match`).
+    LastIs(EventId),
+    /// The subject has no event (`If-None-Match: *`).
+    NoneYet,
+}
+
+/// Resolves once the broker has stored the event, or has not.
+pub type Acknowledgement = BoxFuture<'static, Result<Published, PublishError>>;
+
+/// A stored event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Published {
+    pub id: EventId,
+    /// It had been stored before, by a publication with the same subject and key.
+    pub duplicate: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    #[error("the broker can't be reached; nothing was stored")]
+    Unavailable,
+    #[error("the broker did not answer in time; the event may or may not have been stored")]
+    OutcomeUnknown,
+    #[error("the subject's last event is another one; nothing was stored")]
+    ConditionFailed,
+    #[error("the broker refused the event: {0}")]
+    Refused(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BrokerError {
+    #[error("the broker can't be reached: {0}")]
+    Unavailable(String),
+    #[error("the broker's answer makes no sense: {0}")]
+    Protocol(String),
+}
+
+/// Live hints of one filter. Ends when the broker has given it up; ask for another then.
+pub type Hints = Pin<Box<dyn Stream<Item = Hint> + Send>>;
+
+/// What the broker says without being asked. May be missing, repeated or out of order.
+#[derive(Clone, Debug)]
+pub enum Hint {
+    /// An event was stored; the one before it on the same subject had sequence `previous` (0: none is kept).
+    Stored { event: Event, previous: u64 },
+    /// At least one hint was lost on the way here.
+    Lost,
+}
+
+/// One page of history.
+#[derive(Clone, Debug)]
+pub struct Read {
+    pub filter: Filter,
+    pub from: From,
+    /// Prove completeness at least up to this sequence, if that can be had (0: as far as this page goes).
+    pub until: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// After this sequence.
+    After(u64),
+    /// Stored at this time or later.
+    Time(Timestamp),
+}
+
+/// Kept events in stored order.
+///
+/// Invariant: every kept event that matches and has a sequence in `(start, proven]` is in `events`.
+#[derive(Clone, Debug)]
+pub struct Page {
+    pub epoch: Epoch,
+    /// The sequence after which the page begins.
+    pub start: u64,
+    /// The oldest sequence that the stream's limits had spared when the page had been read. Above `start + 1`, events
+    /// may be missing that were stored after `start`.
+    pub first: u64,
+    pub events: Vec<Event>,
+    pub proven: u64,
+    /// There is more to read after `proven`.
+    pub more: bool,
+}
+
+/// The last sequences of some subjects.
+#[derive(Clone, Debug)]
+pub struct LastKnown {
+    pub epoch: Epoch,
+    /// In the order in which they were asked for; 0 where nothing is kept.
+    pub sequences: Vec<u64>,
+    /// The sequence up to which this holds.
+    pub as_of: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    pub epoch: Epoch,
+    /// The oldest sequence that the stream's limits have spared; `last + 1` when nothing is kept.
+    pub first: u64,
+    /// The newest sequence ever stored, kept or not.
+    pub last: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    Ready,
+    /// Not now, for this reason.
+    Away(String),
+}

@@ -1,0 +1,5 @@
+pub mod broker;
+pub mod config;
+pub mod event;
+pub mod sse;
+pub mod subject;
