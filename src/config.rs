@@ -164,7 +164,7 @@ impl Config {
             }
             layers = layers.merge(Toml::file_exact(file));
         }
-        layers = layers.merge(Env::prefixed("TIDEGATE_").split("__"));
+        layers = layers.merge(Env::prefixed("TIDEGATE_").ignore(&["config"]).split("__"));
         for (key, value) in flags {
             layers = layers.merge(Serialized::default(key, value));
         }

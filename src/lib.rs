@@ -1,5 +1,11 @@
 pub mod broker;
 pub mod config;
+pub mod delivery;
 pub mod event;
+pub mod gateway;
+pub mod http;
+pub mod hub;
+pub mod metrics;
+pub mod shutdown;
 pub mod sse;
 pub mod subject;

@@ -35,8 +35,7 @@ pub struct Frame {
 }
 
 /// Why some events that a reader was owed are missing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GapReason {
     /// Completeness can't be proven any more: the broker has dropped events of that age. Goes on at the oldest kept.
     Expired,
@@ -46,6 +45,17 @@ pub enum GapReason {
     UnknownId,
     /// A stored message can't be parsed. Goes on after it.
     Unreadable,
+}
+
+impl GapReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            GapReason::Expired => "expired",
+            GapReason::Recreated => "recreated",
+            GapReason::UnknownId => "unknown-id",
+            GapReason::Unreadable => "unreadable",
+        }
+    }
 }
 
 /// The frame of one event.
@@ -66,9 +76,9 @@ pub fn gap(requested: &str, resumed: EventId, reason: GapReason) -> Frame {
     struct Gap<'a> {
         requested: &'a str,
         resumed: String,
-        reason: GapReason,
+        reason: &'a str,
     }
-    let data = Gap { requested, resumed: resumed.to_string(), reason };
+    let data = Gap { requested, resumed: resumed.to_string(), reason: reason.as_str() };
     let data = serde_json::to_string(&data).expect("strings and a unit enum always serialize");
     Frame { sequence: resumed.sequence, bytes: block(&resumed, Some("tidegate.gap"), &data) }
 }

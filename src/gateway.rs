@@ -1,0 +1,158 @@
+//! Puts a gateway together, and takes it apart in order. Two of them can live in one process.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    thread::JoinHandle,
+};
+
+use actix_server::ServerHandle;
+use tokio::{runtime::Handle, sync::oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    broker::{SharedBroker, embedded::Embedded, nats::Nats},
+    config::Config,
+    delivery::Deliveries,
+    http,
+    hub::{self, Hub},
+    metrics::Metrics,
+    shutdown::Tasks,
+};
+
+/// A gateway that serves.
+pub struct Gateway {
+    pub listen: SocketAddr,
+    pub admin_listen: SocketAddr,
+    /// One line for people about the broker.
+    pub broker: String,
+    config: Config,
+    deliveries: Deliveries,
+    draining: CancellationToken,
+    hub_tasks: Tasks,
+    server: ServerHandle,
+    server_thread: JoinHandle<io::Result<()>>,
+}
+
+/// Why a gateway can't start, in words for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("can't listen on {address} ({key}): {source}")]
+    Listen { key: &'static str, address: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Nats(#[from] crate::broker::nats::StartError),
+    #[error("the HTTP server did not start: {0}")]
+    Server(io::Error),
+}
+
+impl Gateway {
+    /// Starts a gateway, whose streams and feeds run on the current tokio runtime and whose HTTP server has threads of
+    /// its own.
+    ///
+    /// # Errors
+    /// When an address is taken, or the broker can't be used as it is.
+    pub async fn start(config: Config) -> Result<Gateway, StartError> {
+        let public = bind("listen", config.listen)?;
+        let admin = bind("admin_listen", config.admin_listen)?;
+        let broker: SharedBroker = if config.nats.url.is_empty() {
+            Arc::new(Embedded::new(&config.embedded, &config.history))
+        } else {
+            Arc::new(Nats::connect(&config.nats, &config.history, config.limits.event_bytes).await?)
+        };
+        let metrics = Arc::new(Metrics::new());
+        let hub_tasks = Tasks::new(Handle::current());
+        let settings = hub::Settings {
+            feed: config.feed.clone(),
+            history: config.history.clone(),
+            audit: config.audit.clone(),
+            write_bytes: config.sse.write_bytes,
+        };
+        let hub = Hub::start(broker.clone(), settings, metrics.clone(), hub_tasks.clone());
+        let draining = CancellationToken::new();
+        let deliveries = Deliveries::new(
+            config.limits.streams,
+            config.sse.clone(),
+            config.drain.clone(),
+            metrics.clone(),
+            Tasks::new(Handle::current()),
+        );
+        let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
+        let app = http::App {
+            hub,
+            broker: broker.clone(),
+            deliveries: deliveries.clone(),
+            metrics,
+            limits: config.limits.clone(),
+            draining: draining.clone(),
+        };
+        let (server, server_thread) = serve(app, public, admin).await?;
+        Ok(Gateway {
+            listen,
+            admin_listen,
+            broker: broker.describe(),
+            config,
+            deliveries,
+            draining,
+            hub_tasks,
+            server,
+            server_thread,
+        })
+    }
+
+    /// Refuses what is new, ends every stream at its own moment, finishes publishes, and ends everything else; within
+    /// `drain.limit`.
+    pub async fn drain(self) {
+        self.draining.cancel();
+        let orderly = async {
+            self.deliveries.drain().await;
+            self.server.stop(true).await;
+        };
+        if tokio::time::timeout(self.config.drain.limit, orderly).await.is_err() {
+            tracing::warn!("not everything ended in time; the rest is cut");
+            let _ = tokio::time::timeout(self.config.drain.limit, self.server.stop(false)).await;
+        }
+        self.hub_tasks.end().await;
+        if self.server_thread.is_finished() {
+            let _ = self.server_thread.join();
+        }
+    }
+}
+
+/// actix keeps to threads of its own: handlers there never wait for streams, nor streams for them.
+async fn serve(
+    app: http::App,
+    public: TcpListener,
+    admin: TcpListener,
+) -> Result<(ServerHandle, JoinHandle<io::Result<()>>), StartError> {
+    let (started, starting) = oneshot::channel();
+    let thread = std::thread::Builder::new()
+        .name("http".into())
+        .spawn(move || {
+            actix_web::rt::System::new().block_on(async move {
+                let server = http::serve(app, public, admin)?;
+                // If nobody waits any more, nobody serves either.
+                let _ = started.send(server.handle());
+                server.await
+            })
+        })
+        .map_err(StartError::Server)?;
+    match starting.await {
+        Ok(handle) => Ok((handle, thread)),
+        Err(_) => match thread.join() {
+            Ok(Err(error)) => Err(StartError::Server(error)),
+            Ok(Ok(())) | Err(_) => Err(StartError::Server(io::Error::other("it ended at once"))),
+        },
+    }
+}
+
+fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+    let listener = TcpListener::bind(address).map_err(|source| StartError::Listen { key, address, source })?;
+    listener.set_nonblocking(true).map_err(|source| StartError::Listen { key, address, source })?;
+    Ok(listener)
+}
+
+fn address_of(key: &'static str, listener: &TcpListener) -> Result<SocketAddr, StartError> {
+    let address = SocketAddr::from(([0, 0, 0, 0], 0));
+    listener.local_addr().map_err(|source| StartError::Listen { key, address, source })
+}

@@ -1,0 +1,278 @@
+//! `POST /events`: publishes a batch, one JSON object a line (`application/x-ndjson`), also an endless one.
+//!
+//! Lines are published as they arrive, in their order, a bounded number of them waiting for the broker. Every line gets
+//! its own answer line, in the same order. Memory is bounded by the window and one line; whoever does not read the
+//! answers is not read from either.
+
+use std::{ops::ControlFlow, pin::Pin};
+
+use actix_web::{HttpRequest, HttpResponse, http::header, web};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::{Bytes, BytesMut};
+use futures_util::{
+    StreamExt,
+    future::BoxFuture,
+    stream::{self, FuturesOrdered},
+};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
+
+use super::{
+    App,
+    error::{ApiError, Code, Problem},
+    publish::{Receipt, check_coding, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
+    query::Query,
+};
+use crate::broker::{Condition, Publication};
+
+/// Types that mean one JSON value a line.
+const TYPES: [&str; 3] = ["application/x-ndjson", "application/ndjson", "application/jsonl"];
+
+/// `POST /events`
+pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
+    if let Err(error) = check(&app, &request) {
+        return app.refuse(&error);
+    }
+    let batch = Batch {
+        lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max: app.limits.line_bytes },
+        waiting: FuturesOrdered::new(),
+        number: 0,
+        ended: false,
+        app,
+    };
+    HttpResponse::Ok()
+        .content_type("application/x-ndjson")
+        .insert_header((header::CACHE_CONTROL, "no-store"))
+        .insert_header(("X-Accel-Buffering", "no"))
+        .streaming(stream::unfold(batch, |mut batch| async move {
+            let answer = batch.next_answer().await?;
+            Some((answer, batch))
+        }))
+}
+
+fn check(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
+    Query::parse(request, &[])?;
+    check_coding(request)?;
+    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let kind = kind.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    if !TYPES.contains(&&*kind) {
+        let detail = format!(
+            "a batch is {}, one JSON object a line; a single event goes to /events/{{subject}}, in any type",
+            TYPES[0]
+        );
+        return Err(ApiError::new(Code::UnsupportedMediaType, detail));
+    }
+    if app.is_draining() {
+        return Err(ApiError::new(Code::Draining, ""));
+    }
+    Ok(())
+}
+
+struct Batch {
+    app: web::Data<App>,
+    lines: Lines,
+    waiting: FuturesOrdered<BoxFuture<'static, Answer>>,
+    /// Of the line read last, from 1.
+    number: u64,
+    ended: bool,
+}
+
+/// The answer to one line.
+enum Answer {
+    Stored(String),
+    Refused(u64, ApiError),
+}
+
+impl Batch {
+    /// Reads on while the window has room, until an answer is ready.
+    async fn next_answer(&mut self) -> Option<Result<Bytes, actix_web::Error>> {
+        loop {
+            if self.app.is_draining() {
+                // Lines that were read are answered; the others are for another node.
+                self.ended = true;
+            }
+            let reads = !self.ended && self.waiting.len() < self.app.limits.batch_window;
+            if !reads && self.waiting.is_empty() {
+                return None;
+            }
+            let app = self.app.clone();
+            tokio::select! {
+                biased;
+                Some(answer) = self.waiting.next(), if !self.waiting.is_empty() => {
+                    return Some(Ok(self.write(answer)));
+                }
+                line = self.lines.next(), if reads => match line {
+                    ControlFlow::Break(()) => self.ended = true,
+                    ControlFlow::Continue(line) => self.take(line).await,
+                },
+                () = app.drained(), if reads => {}
+            }
+        }
+    }
+
+    /// Hands one line to the broker; its answer waits in its turn.
+    async fn take(&mut self, line: Line) {
+        self.number += 1;
+        let number = self.number;
+        let line = match line {
+            Line::Blank => return,
+            Line::Whole(line) => line,
+            Line::Overlong => {
+                let detail = format!("a line has at most {} bytes", self.lines.bytes_max);
+                return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
+            }
+        };
+        let publication = match parse(&line, self.app.limits.event_bytes) {
+            Ok(publication) => publication,
+            Err(error) => return self.answer(Answer::Refused(number, error)),
+        };
+        let subject = publication.subject.clone();
+        match self.app.publish(publication).await {
+            Err(error) => self.answer(Answer::Refused(number, error)),
+            Ok(acknowledgement) => {
+                let app = self.app.clone().into_inner();
+                self.waiting.push_back(Box::pin(async move {
+                    match app.count_publish(acknowledgement.await) {
+                        Ok(published) => Answer::stored(number, &Receipt::new(published, &subject)),
+                        Err(error) => Answer::Refused(number, error),
+                    }
+                }));
+            }
+        }
+    }
+
+    fn answer(&mut self, answer: Answer) {
+        self.waiting.push_back(Box::pin(std::future::ready(answer)));
+    }
+
+    fn write(&self, answer: Answer) -> Bytes {
+        #[derive(Serialize)]
+        struct Refused<'a> {
+            line: u64,
+            #[serde(flatten)]
+            problem: Problem<'a>,
+        }
+        let mut text = match answer {
+            Answer::Stored(text) => text,
+            Answer::Refused(line, error) => {
+                self.app.count_refusal(&error);
+                let refused = Refused { line, problem: error.problem() };
+                serde_json::to_string(&refused).expect("strings and numbers always serialize")
+            }
+        };
+        text.push('\n');
+        text.into()
+    }
+}
+
+impl Answer {
+    fn stored(line: u64, receipt: &Receipt<'_>) -> Answer {
+        #[derive(Serialize)]
+        struct Stored<'a> {
+            line: u64,
+            #[serde(flatten)]
+            receipt: &'a Receipt<'a>,
+        }
+        let text = serde_json::to_string(&Stored { line, receipt }).expect("strings and numbers always serialize");
+        Answer::Stored(text)
+    }
+}
+
+/// The lines of a body as it arrives.
+struct Lines {
+    payload: web::Payload,
+    bytes: BytesMut,
+    /// The line that is arriving has been too long for some time; what comes of it is dropped.
+    overlong: bool,
+    bytes_max: usize,
+}
+
+enum Line {
+    Whole(Bytes),
+    Blank,
+    Overlong,
+}
+
+impl Lines {
+    /// The next line, without its end. Breaks at the end of the body, or where it broke off.
+    ///
+    /// May be dropped at any await and called again; nothing is lost.
+    async fn next(&mut self) -> ControlFlow<(), Line> {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = self.bytes[searched..].iter().position(|byte| *byte == b'\n') {
+                let mut line = self.bytes.split_to(searched + end + 1);
+                line.truncate(line.len() - 1);
+                return ControlFlow::Continue(self.line(line));
+            }
+            if self.bytes.len() > self.bytes_max {
+                self.overlong = true;
+            }
+            if self.overlong {
+                self.bytes.clear();
+            }
+            searched = self.bytes.len();
+            match Pin::new(&mut self.payload).next().await {
+                Some(Ok(piece)) => self.bytes.extend_from_slice(&piece),
+                // A line that broke off with its connection is no line.
+                Some(Err(_)) => return ControlFlow::Break(()),
+                None if self.bytes.is_empty() && !self.overlong => return ControlFlow::Break(()),
+                None => {
+                    let line = self.bytes.split();
+                    return ControlFlow::Continue(self.line(line));
+                }
+            }
+        }
+    }
+
+    fn line(&mut self, line: BytesMut) -> Line {
+        if std::mem::take(&mut self.overlong) || line.len() > self.bytes_max {
+            return Line::Overlong;
+        }
+        if line.trim_ascii().is_empty() { Line::Blank } else { Line::Whole(line.freeze()) }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Fields<'a> {
+    subject: String,
+    #[serde(default, borrow, deserialize_with = "even_null")]
+    data: Option<&'a RawValue>,
+    data_base64: Option<String>,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    ttl: Option<String>,
+    idempotency_key: Option<String>,
+    if_match: Option<String>,
+}
+
+/// `null` is JSON data like any other; only a field that is not there is none.
+fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
+}
+
+fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, ApiError> {
+    let invalid = |detail: String| ApiError::new(Code::InvalidLine, detail);
+    let fields: Fields = serde_json::from_slice(line).map_err(|error| invalid(error.to_string()))?;
+    let payload: Bytes = match (fields.data, fields.data_base64) {
+        (Some(data), None) => match serde_json::from_str::<String>(data.get()) {
+            Ok(text) => text.into(),
+            Err(_) => data.get().to_owned().into(),
+        },
+        (None, Some(text)) => STANDARD.decode(text).map_err(|error| invalid(format!("data_base64: {error}")))?.into(),
+        (Some(_), Some(_)) => return Err(invalid("data and data_base64 exclude each other".into())),
+        (None, None) => return Err(invalid("data (text or any JSON) or data_base64 is missing".into())),
+    };
+    if payload.len() > event_bytes_max {
+        return Err(ApiError::new(Code::EventTooLarge, format!("an event has at most {event_bytes_max} bytes")));
+    }
+    Ok(Publication {
+        subject: parse_subject(&fields.subject)?,
+        kind: fields.kind.as_deref().map(parse_type).transpose()?,
+        payload,
+        ttl: fields.ttl.as_deref().map(parse_ttl).transpose()?,
+        key: fields.idempotency_key.as_deref().map(parse_key).transpose()?,
+        condition: fields.if_match.as_deref().map(parse_id).transpose()?.map(Condition::LastIs),
+    })
+}

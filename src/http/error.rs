@@ -1,0 +1,171 @@
+//! Errors as clients see them: RFC 9457 problems with stable codes, and refusals that an EventSource survives.
+
+use std::time::Duration;
+
+use actix_web::{
+    HttpRequest, HttpResponse,
+    http::{StatusCode, header},
+};
+use serde::Serialize;
+
+use crate::{
+    broker::{BrokerError, PublishError},
+    sse,
+};
+
+/// Set by a proxy that wants a status code even where an EventSource would be answered 200, to try the next node.
+pub const REFUSAL_HEADER: &str = "Tidegate-Refusal";
+/// How long a client is asked to wait after a refusal that will pass.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
+macro_rules! codes {
+    ($($variant:ident = $status:literal $code:literal $title:literal;)*) => {
+        /// What went wrong, as a closed set: every code that a client can see.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Code { $($variant),* }
+
+        impl Code {
+            pub const ALL: &[Code] = &[$(Code::$variant),*];
+
+            pub fn status(self) -> StatusCode {
+                let status: u16 = match self { $(Code::$variant => $status),* };
+                StatusCode::from_u16(status).expect("the table has valid statuses")
+            }
+
+            pub fn as_str(self) -> &'static str {
+                match self { $(Code::$variant => $code),* }
+            }
+
+            fn title(self) -> &'static str {
+                match self { $(Code::$variant => $title),* }
+            }
+        }
+    };
+}
+
+codes! {
+    InvalidSubject = 400 "invalid_subject" "This is no subject";
+    MissingSubject = 400 "missing_subject" "A subject is missing";
+    TooManyFilters = 400 "too_many_filters" "Too many filters for one connection";
+    UnknownParameter = 400 "unknown_parameter" "There is no such query parameter";
+    InvalidParameter = 400 "invalid_parameter" "A query parameter has an unusable value";
+    InvalidHeader = 400 "invalid_header" "A header has an unusable value";
+    InvalidType = 400 "invalid_type" "This is no event type";
+    InvalidLine = 400 "invalid_line" "This line is no event";
+    BodyIncomplete = 400 "body_incomplete" "The body ended early";
+    NotFound = 404 "not_found" "There is nothing here";
+    MethodNotAllowed = 405 "method_not_allowed" "This method is not for this resource";
+    BodyTimeout = 408 "body_timeout" "The body took too long";
+    ConditionFailed = 412 "condition_failed" "The subject's last event is another one";
+    EventTooLarge = 413 "event_too_large" "The event is too large";
+    LineTooLong = 413 "line_too_long" "The line is too long";
+    UnsupportedMediaType = 415 "unsupported_media_type" "The body is of a type or encoding that is not taken here";
+    Internal = 500 "internal" "This should not have happened";
+    BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached; nothing was stored";
+    BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
+    Draining = 503 "draining" "This node is going away";
+    TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
+    OutcomeUnknown = 504 "outcome_unknown" "The event may or may not have been stored";
+}
+
+/// An error with what its client is told.
+#[derive(Clone, Debug)]
+pub struct ApiError {
+    pub code: Code,
+    detail: String,
+    allow: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+pub struct Problem<'a> {
+    pub status: u16,
+    pub code: &'static str,
+    pub title: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub detail: &'a str,
+}
+
+impl ApiError {
+    pub fn new(code: Code, detail: impl Into<String>) -> ApiError {
+        ApiError { code, detail: detail.into(), allow: None }
+    }
+
+    pub fn method_not_allowed(allow: &'static str) -> ApiError {
+        ApiError { allow: Some(allow), ..ApiError::new(Code::MethodNotAllowed, format!("allowed here: {allow}")) }
+    }
+
+    pub fn problem(&self) -> Problem<'_> {
+        Problem {
+            status: self.code.status().as_u16(),
+            code: self.code.as_str(),
+            title: self.code.title(),
+            detail: &self.detail,
+        }
+    }
+
+    /// Whether the same request may succeed later.
+    fn will_pass(&self) -> bool {
+        matches!(self.code, Code::BrokerUnavailable | Code::BrokerRefused | Code::Draining | Code::TooManyStreams)
+    }
+
+    /// The answer to a request that is not for a stream.
+    pub fn response(&self) -> HttpResponse {
+        let mut response = HttpResponse::build(self.code.status());
+        response.content_type("application/problem+json").insert_header((header::CACHE_CONTROL, "no-store"));
+        if let Some(allow) = self.allow {
+            response.insert_header((header::ALLOW, allow));
+        }
+        if self.will_pass() {
+            response.insert_header((header::RETRY_AFTER, RETRY_AFTER.as_secs()));
+        }
+        response.body(serde_json::to_string(&self.problem()).expect("strings and numbers always serialize"))
+    }
+
+    /// The answer to a request for a stream. An EventSource gives up for good on anything but 200 (WHATWG HTML,
+    /// section 9.2.3), so a refusal that will pass is a stream that ends at once, unless a proxy asks for the status.
+    pub fn stream_response(&self, request: &HttpRequest, retry: Duration) -> HttpResponse {
+        let wants =
+            |name, value| request.headers().get_all(name).filter_map(|v| v.to_str().ok()).any(|v| accepts(v, value));
+        let is_event_source = wants(header::ACCEPT, "text/event-stream");
+        let asks_for_status =
+            request.headers().get(REFUSAL_HEADER).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"status"));
+        if !self.will_pass() || !is_event_source || asks_for_status {
+            return self.response();
+        }
+        HttpResponse::Ok()
+            .content_type("text/event-stream")
+            .insert_header((header::CACHE_CONTROL, "no-store"))
+            .insert_header(("X-Accel-Buffering", "no"))
+            .force_close()
+            .body(sse::farewell(retry, &format!("{}: {}", self.code.as_str(), self.code.title())))
+    }
+}
+
+/// Whether an Accept header names `wanted` as one of its media ranges.
+fn accepts(header: &str, wanted: &str) -> bool {
+    header.split(',').filter_map(|range| range.split(';').next()).any(|range| range.trim().eq_ignore_ascii_case(wanted))
+}
+
+impl From<BrokerError> for ApiError {
+    fn from(error: BrokerError) -> ApiError {
+        tracing::warn!(%error, "the broker could not serve a request");
+        ApiError::new(Code::BrokerUnavailable, "")
+    }
+}
+
+impl From<PublishError> for ApiError {
+    fn from(error: PublishError) -> ApiError {
+        let code = match &error {
+            PublishError::Unavailable => Code::BrokerUnavailable,
+            PublishError::OutcomeUnknown => Code::OutcomeUnknown,
+            PublishError::ConditionFailed => Code::ConditionFailed,
+            PublishError::Refused(_) => Code::BrokerRefused,
+        };
+        let detail = match &error {
+            PublishError::OutcomeUnknown => "try again with the same Idempotency-Key: it is stored once".into(),
+            PublishError::Refused(reason) => reason.clone(),
+            PublishError::Unavailable | PublishError::ConditionFailed => String::new(),
+        };
+        ApiError::new(code, detail)
+    }
+}

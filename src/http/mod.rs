@@ -1,0 +1,193 @@
+//! The public listener: the whole URL space, from bytes on a socket to calls of the hub and the broker.
+
+mod batch;
+mod connection;
+pub mod error;
+mod publish;
+mod query;
+mod subscribe;
+
+use std::{io, net::TcpListener, sync::Arc};
+
+use actix_http::{HttpService, KeepAlive};
+use actix_server::{Server, ServerBuilder};
+use actix_service::{IntoServiceFactory, ServiceFactoryExt, fn_service, map_config};
+use actix_web::{HttpRequest, HttpResponse, Resource, dev::AppConfig, http::StatusCode, web};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    connection::Connection,
+    error::{ApiError, Code},
+};
+use crate::{
+    broker::{Acknowledgement, Health, Publication, PublishError, SharedBroker},
+    config::Limits,
+    delivery::Deliveries,
+    hub::Hub,
+    metrics::Metrics,
+};
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct App {
+    pub hub: Hub,
+    pub broker: SharedBroker,
+    pub deliveries: Deliveries,
+    pub metrics: Arc<Metrics>,
+    pub limits: Limits,
+    /// Cancelled when the node begins to drain.
+    pub draining: CancellationToken,
+}
+
+/// The URL space of the public listener.
+fn routes(config: &mut web::ServiceConfig) {
+    config
+        .service(
+            events("/events").route(web::get().to(subscribe::filters_in_query)).route(web::post().to(batch::publish)),
+        )
+        .service(
+            events("/events/{subject:.*}")
+                .route(web::get().to(subscribe::filter_in_path))
+                .route(web::post().to(publish::publish)),
+        )
+        .default_service(web::to(not_found));
+}
+
+/// The URL space of the admin listener.
+fn admin_routes(config: &mut web::ServiceConfig) {
+    config
+        .route("/metrics", web::get().to(metrics))
+        .route("/health/live", web::get().to(HttpResponse::Ok))
+        .route("/health/ready", web::get().to(ready))
+        .default_service(web::to(not_found));
+}
+
+/// Serves both listeners until the server is stopped.
+///
+/// # Errors
+/// When a listener can't be used.
+pub fn serve(app: App, public: TcpListener, admin: TcpListener) -> io::Result<Server> {
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let builder = ServerBuilder::new()
+        .workers(workers)
+        .max_concurrent_connections(app.limits.connections.div_ceil(workers))
+        .disable_signals()
+        .shutdown_timeout(5);
+    let stopping = builder.graceful_shutdown_signal();
+    let admin_app = app.clone();
+    let server = builder
+        .listen("public", public, move || {
+            let data = web::Data::new(app.clone());
+            let service =
+                actix_web::App::new().app_data(data).configure(routes).into_factory().map_err(|e| e.error_response());
+            let stopping = stopping.clone();
+            let stopped = move || {
+                let stopping = stopping.clone();
+                async move { stopping.notified().await }
+            };
+            let http = HttpService::build()
+                .keep_alive(KeepAlive::Os)
+                .client_request_timeout(app.limits.request_head)
+                .graceful_shutdown_signal(stopped)
+                .on_connect_ext(|connection: &Connection, data| {
+                    data.insert(connection.slot());
+                })
+                .h1(map_config(service, |_| AppConfig::default()));
+            fn_service(|socket: TcpStream| async {
+                let peer = socket.peer_addr().ok();
+                Ok((Connection::new(socket), peer))
+            })
+            .and_then(http)
+        })?
+        .listen("admin", admin, move || {
+            let data = web::Data::new(admin_app.clone());
+            let service = actix_web::App::new()
+                .app_data(data)
+                .configure(admin_routes)
+                .into_factory()
+                .map_err(|e| e.error_response());
+            HttpService::build().h1(map_config(service, |_| AppConfig::default())).tcp()
+        })?
+        .run();
+    Ok(server)
+}
+
+/// A resource whose other methods are refused by name. HEAD among them: a stream has no length to ask for.
+fn events(path: &str) -> Resource {
+    web::resource(path.to_owned()).default_service(web::to(method_not_allowed))
+}
+
+async fn method_not_allowed(app: web::Data<App>) -> HttpResponse {
+    app.refuse(&ApiError::method_not_allowed("GET, POST"))
+}
+
+async fn not_found(app: web::Data<App>) -> HttpResponse {
+    app.refuse(&ApiError::new(Code::NotFound, "events are read and published at /events/{subject}"))
+}
+
+async fn metrics(app: web::Data<App>) -> HttpResponse {
+    app.metrics.broker_up.set(i64::from(app.broker.health() == Health::Ready));
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode())
+}
+
+/// 200 while this node should get requests, else 503; the body says why not.
+async fn ready(app: web::Data<App>) -> HttpResponse {
+    let away = |why: &str| {
+        HttpResponse::build(StatusCode::SERVICE_UNAVAILABLE)
+            .content_type("text/plain; charset=utf-8")
+            .body(format!("{why}\n"))
+    };
+    if app.is_draining() {
+        return away("draining");
+    }
+    match app.broker.health() {
+        Health::Ready => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
+        Health::Away(why) => away(&format!("broker: {why}")),
+    }
+}
+
+impl App {
+    fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+
+    /// Resolves when the node begins to drain.
+    async fn drained(&self) {
+        self.draining.cancelled().await;
+    }
+
+    /// Hands an event to the broker; the outcome is to be passed to [`App::count_publish`].
+    async fn publish(&self, publication: Publication) -> Result<Acknowledgement, ApiError> {
+        match self.broker.publish(publication).await {
+            Ok(acknowledgement) => Ok(acknowledgement),
+            Err(error) => self.count_publish(Err(error)).map(|never: std::convert::Infallible| match never {}),
+        }
+    }
+
+    fn count_publish<T>(&self, outcome: Result<T, PublishError>) -> Result<T, ApiError> {
+        let label = match &outcome {
+            Ok(_) => "stored",
+            Err(PublishError::Unavailable) => "unavailable",
+            Err(PublishError::OutcomeUnknown) => "unknown",
+            Err(PublishError::ConditionFailed) => "condition",
+            Err(PublishError::Refused(_)) => "refused",
+        };
+        self.metrics.publishes.with_label_values(&[label]).inc();
+        Ok(outcome?)
+    }
+
+    fn count_refusal(&self, error: &ApiError) {
+        self.metrics.refusals.with_label_values(&[error.code.as_str()]).inc();
+    }
+
+    fn refuse(&self, error: &ApiError) -> HttpResponse {
+        self.count_refusal(error);
+        error.response()
+    }
+
+    fn refuse_stream(&self, request: &HttpRequest, error: &ApiError) -> HttpResponse {
+        self.count_refusal(error);
+        error.stream_response(request, self.deliveries.retry())
+    }
+}

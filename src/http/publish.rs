@@ -1,0 +1,150 @@
+//! `POST /events/{subject}`: publishes the body as one event.
+
+use actix_web::{HttpRequest, HttpResponse, http::header, web};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use serde::Serialize;
+
+use super::{
+    App,
+    error::{ApiError, Code},
+    query::{Query, subject_in_path},
+};
+use crate::{
+    broker::{Condition, Publication, Published},
+    config::parse_duration,
+    event::{EventId, EventType},
+    subject::Subject,
+};
+
+/// Longest idempotency key, in bytes.
+pub const KEY_BYTES_MAX: usize = 255;
+
+/// What a publisher is told of a stored event.
+#[derive(Serialize)]
+pub struct Receipt<'a> {
+    pub id: String,
+    pub subject: &'a str,
+    pub duplicate: bool,
+}
+
+impl<'a> Receipt<'a> {
+    pub fn new(published: Published, subject: &'a Subject) -> Receipt<'a> {
+        Receipt { id: published.id.to_string(), subject: subject.as_str(), duplicate: published.duplicate }
+    }
+}
+
+/// `POST /events/{subject}`
+pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
+    match store(&app, &request, payload).await {
+        Ok(response) => response,
+        Err(error) => app.refuse(&error),
+    }
+}
+
+async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let query = Query::parse(request, &["type", "ttl"])?;
+    let subject = parse_subject(&subject_in_path(request)?)?;
+    let kind = query.one("type")?.map(parse_type).transpose()?;
+    let ttl = query.one("ttl")?.map(parse_ttl).transpose()?;
+    let key = header_text(request, "Idempotency-Key")?.map(parse_key).transpose()?;
+    let condition = condition(request)?;
+    check_coding(request)?;
+    let payload = read_body(app, request, payload).await?;
+    let publication = Publication { subject: subject.clone(), kind, payload, ttl, key, condition };
+    let published = app.publish(publication).await?.await;
+    let published = app.count_publish(published)?;
+    Ok(HttpResponse::Created().json(Receipt::new(published, &subject)))
+}
+
+pub fn parse_subject(text: &str) -> Result<Subject, ApiError> {
+    Subject::parse(text).map_err(|error| ApiError::new(Code::InvalidSubject, error.to_string()))
+}
+
+pub fn parse_type(text: &str) -> Result<EventType, ApiError> {
+    EventType::parse(text).map_err(|error| ApiError::new(Code::InvalidType, error.to_string()))
+}
+
+pub fn parse_ttl(text: &str) -> Result<std::time::Duration, ApiError> {
+    // NATS counts TTLs in whole seconds (ADR-43).
+    parse_duration(text).filter(|ttl| ttl.subsec_nanos() == 0).ok_or_else(|| {
+        ApiError::new(
+            Code::InvalidParameter,
+            format!("ttl is a time in whole seconds, such as 90s, 10m or 7d, not {text:?}"),
+        )
+    })
+}
+
+pub fn parse_key(text: &str) -> Result<String, ApiError> {
+    if text.is_empty() || text.len() > KEY_BYTES_MAX || text.chars().any(char::is_control) {
+        let detail = format!("an idempotency key has 1 to {KEY_BYTES_MAX} bytes and no control characters");
+        return Err(ApiError::new(Code::InvalidHeader, detail));
+    }
+    Ok(text.to_owned())
+}
+
+pub fn parse_id(text: &str) -> Result<EventId, ApiError> {
+    text.parse().map_err(|error: crate::event::EventIdError| ApiError::new(Code::InvalidHeader, error.to_string()))
+}
+
+/// `If-Match: "<id>"` or `If-None-Match: *` (RFC 9110, sections 13.1.1 and 13.1.2).
+fn condition(request: &HttpRequest) -> Result<Option<Condition>, ApiError> {
+    let wrong = |detail: &str| Err(ApiError::new(Code::InvalidHeader, detail));
+    match (header_text(request, "If-Match")?, header_text(request, "If-None-Match")?) {
+        (None, None) => Ok(None),
+        (None, Some("*")) => Ok(Some(Condition::NoneYet)),
+        (None, Some(_)) => wrong("If-None-Match takes only *"),
+        (Some(quoted), None) => match quoted.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
+            Some(id) => Ok(Some(Condition::LastIs(parse_id(id)?))),
+            None => wrong("If-Match takes one event id in double quotes"),
+        },
+        (Some(_), Some(_)) => wrong("If-Match and If-None-Match exclude each other"),
+    }
+}
+
+fn header_text<'a>(request: &'a HttpRequest, name: &str) -> Result<Option<&'a str>, ApiError> {
+    let mut values = request.headers().get_all(name);
+    let value = values.next().map(|value| std::str::from_utf8(value.as_bytes()));
+    match (value, values.next()) {
+        (None, _) => Ok(None),
+        (Some(Ok(text)), None) => Ok(Some(text)),
+        (Some(Ok(_)), Some(_)) => Err(ApiError::new(Code::InvalidHeader, format!("{name} may be given only once"))),
+        (Some(Err(_)), _) => Err(ApiError::new(Code::InvalidHeader, format!("{name} is not UTF-8"))),
+    }
+}
+
+/// Refuses bodies that are not what they will be delivered as: compressed ones, and forms with parts. Any other type
+/// is taken as it is; curl's `-d` says `application/x-www-form-urlencoded` of everything.
+pub fn check_coding(request: &HttpRequest) -> Result<(), ApiError> {
+    let header = |name| request.headers().get(name).map(|value| value.to_str().unwrap_or("?").to_ascii_lowercase());
+    if header(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
+        return Err(ApiError::new(
+            Code::UnsupportedMediaType,
+            "bodies are taken as they are: without Content-Encoding",
+        ));
+    }
+    if header(header::CONTENT_TYPE).is_some_and(|kind| kind.starts_with("multipart/")) {
+        let detail = "the body is the event: with curl, use --data-binary @file instead of -F";
+        return Err(ApiError::new(Code::UnsupportedMediaType, detail));
+    }
+    Ok(())
+}
+
+async fn read_body(app: &App, request: &HttpRequest, mut payload: web::Payload) -> Result<Bytes, ApiError> {
+    let bytes_max = app.limits.event_bytes;
+    let too_large = || ApiError::new(Code::EventTooLarge, format!("an event has at most {bytes_max} bytes"));
+    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    if announced.is_some_and(|length: u64| length > bytes_max as u64) {
+        return Err(too_large());
+    }
+    let mut body = BytesMut::new();
+    loop {
+        let piece = tokio::time::timeout(app.limits.body_pause, payload.next()).await;
+        match piece.map_err(|_| ApiError::new(Code::BodyTimeout, "nothing more arrived for too long"))? {
+            None => return Ok(body.freeze()),
+            Some(Err(error)) => return Err(ApiError::new(Code::BodyIncomplete, error.to_string())),
+            Some(Ok(piece)) if body.len() + piece.len() > bytes_max => return Err(too_large()),
+            Some(Ok(piece)) => body.extend_from_slice(&piece),
+        }
+    }
+}

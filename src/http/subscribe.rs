@@ -1,0 +1,143 @@
+//! `GET /events/{filter}` and `GET /events?subject={filter}`: opens a stream.
+
+use std::{rc::Rc, time::SystemTime};
+
+use actix_web::{HttpRequest, HttpResponse, body::BoxBody, http::header, web};
+use jiff::Timestamp;
+
+use super::{
+    App,
+    connection::{Handoff, Slot},
+    error::{ApiError, Code},
+    query::{Query, subject_in_path},
+};
+use crate::{
+    config::parse_duration,
+    event::EventId,
+    hub::{Start, StartAt},
+    sse::Format,
+    subject::Filter,
+};
+
+/// Longest `Last-Event-ID` that is looked at; a longer one is none of ours.
+const ID_BYTES_MAX: usize = 256;
+
+/// `GET /events/{filter}`
+pub async fn filter_in_path(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
+    let wish = Query::parse(&request, &["from", "format", "lastEventId"]).and_then(|query| {
+        let filter = parse_filter(&subject_in_path(&request)?)?;
+        Wish::read(filter, &query, &request)
+    });
+    respond(&app, &request, wish).await
+}
+
+/// `GET /events?subject={filter}`
+pub async fn filters_in_query(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
+    let wish = Query::parse(&request, &["subject", "from", "format", "lastEventId"]).and_then(|query| {
+        let mut filters = query.all("subject");
+        let filter = match (filters.next(), filters.next()) {
+            (Some(filter), None) => parse_filter(filter)?,
+            (Some(_), Some(_)) => {
+                let detail = "one connection takes one filter; a wildcard such as orders.* or orders.> may do";
+                return Err(ApiError::new(Code::TooManyFilters, detail));
+            }
+            (None, _) => {
+                let detail =
+                    "say what to stream, as in /events/orders.eu, /events/orders.> or /events?subject=orders.*";
+                return Err(ApiError::new(Code::MissingSubject, detail));
+            }
+        };
+        Wish::read(filter, &query, &request)
+    });
+    respond(&app, &request, wish).await
+}
+
+/// What a client asks for.
+struct Wish {
+    filter: Filter,
+    start: Start,
+    format: Format,
+}
+
+impl Wish {
+    fn read(filter: Filter, query: &Query, request: &HttpRequest) -> Result<Wish, ApiError> {
+        let at = match query.one("from")? {
+            Some(text) => parse_start(text)?,
+            None => StartAt::Now,
+        };
+        let format = match query.one("format")? {
+            None | Some("raw") => Format::Raw,
+            Some("json") => Format::Json,
+            Some(other) => {
+                let detail = format!("format is \"raw\" (the default) or \"json\", not {other:?}");
+                return Err(ApiError::new(Code::InvalidParameter, detail));
+            }
+        };
+        let header = request.headers().get("Last-Event-ID").map(|value| String::from_utf8_lossy(value.as_bytes()));
+        let last_event_id = match header {
+            Some(header) => Some(header.into_owned()),
+            None => query.one("lastEventId")?.map(str::to_owned),
+        };
+        let last_event_id = last_event_id.filter(|id| !id.is_empty()).map(|id| id.chars().take(ID_BYTES_MAX).collect());
+        Ok(Wish { filter, start: Start { last_event_id, at }, format })
+    }
+}
+
+async fn respond(app: &App, request: &HttpRequest, wish: Result<Wish, ApiError>) -> HttpResponse {
+    let opened = match wish {
+        Ok(wish) => open(app, request, wish).await,
+        Err(error) => Err(error),
+    };
+    opened.unwrap_or_else(|error| app.refuse_stream(request, &error))
+}
+
+async fn open(app: &App, request: &HttpRequest, wish: Wish) -> Result<HttpResponse, ApiError> {
+    if app.is_draining() {
+        return Err(ApiError::new(Code::Draining, ""));
+    }
+    let admission = app.deliveries.admit().ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
+    let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
+    let Wish { filter, start, format } = wish;
+    let (opening, cursor) = app.hub.subscribe(&filter, start, format).await?;
+    let handoff = Handoff::new(slot, move |socket| {
+        if let Err(error) = admission.deliver(socket, opening, cursor) {
+            tracing::warn!(%error, "a stream's socket could not be taken over");
+        }
+    });
+    let mut response = HttpResponse::Ok();
+    response
+        .content_type("text/event-stream")
+        .insert_header((header::CACHE_CONTROL, "no-store"))
+        // Tells nginx, wherever one is in between, to pass every byte on at once.
+        .insert_header(("X-Accel-Buffering", "no"))
+        .force_close();
+    let mut response = response.body(BoxBody::new(handoff));
+    // Neither a length nor chunks: the stream is as long as its connection.
+    response.head_mut().no_chunking(true);
+    Ok(response)
+}
+
+fn parse_filter(text: &str) -> Result<Filter, ApiError> {
+    Filter::parse(text).map_err(|error| ApiError::new(Code::InvalidSubject, error.to_string()))
+}
+
+/// Reads `from`: `now`, `first`, an event id, a time (RFC 3339), or how long ago (`-15m`).
+fn parse_start(text: &str) -> Result<StartAt, ApiError> {
+    if let Some(ago) = text.strip_prefix('-').and_then(parse_duration) {
+        let time = SystemTime::now().checked_sub(ago).and_then(|time| Timestamp::try_from(time).ok());
+        return Ok(StartAt::Time(time.unwrap_or(Timestamp::MIN)));
+    }
+    match text {
+        "now" => Ok(StartAt::Now),
+        "first" => Ok(StartAt::First),
+        _ => text
+            .parse::<EventId>()
+            .map(StartAt::After)
+            .ok()
+            .or_else(|| text.parse().ok().map(StartAt::Time))
+            .ok_or_else(|| {
+                let detail = "from is now, first, an event id, a time such as 2026-01-31T12:00:00Z, or how long ago, such as -15m";
+                ApiError::new(Code::InvalidParameter, detail)
+            }),
+    }
+}

@@ -1,0 +1,441 @@
+//! The recent events of one filter, shared by everyone on this node who reads it.
+//!
+//! # Proven
+//! A feed keeps U, the sequence up to which it is proven complete. Live hints prove nothing by themselves: on NATS,
+//! thousands of stored events may never appear live. So a hint with sequence n is taken only when everything up to n
+//! is proven:
+//! - an exact subject: the hint names the event before it; at or below U, nothing is missing in between;
+//! - a wildcard: only n = U + 1 proves itself;
+//! - everything else, and every doubt (a reconnect, an overflow, an election, the audit), is settled by one function,
+//!   [`Feed::repair`]: read from U.
+//!
+//! Invariant: the log holds every event of the filter in `(base, proven]`, and nothing past `proven`.
+//!
+//! # Lagging
+//! The log is bounded; `base` rises as its oldest are forgotten. A reader below `base` reads history until it is inside
+//! again ([`Take::Behind`]). Nobody waits for it.
+//!
+//! # Closing
+//! A feed whose stream turns out to have been made again is closed: its sequences mean nothing any more. Its readers
+//! find [`Take::Closed`] and resume with their last id, as a client would that reconnects.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{FutureExt, StreamExt};
+use tokio::{
+    sync::{Notify, OnceCell, watch},
+    time::Instant,
+};
+
+use super::{Hub, backoff::Backoff};
+use crate::{
+    broker::{BrokerError, From, Hint, Hints, Page, Read},
+    event::{Epoch, Event, EventId},
+    sse::{self, Format, Frame, GapReason},
+    subject::Filter,
+};
+
+/// Hints taken in one go before readers are woken.
+const HINTS_AT_ONCE: usize = 256;
+/// Reads that may fail to reach an event that a hint promised, before the hint is taken for mistaken.
+const REPAIR_TRIES: usize = 10;
+/// Subscribing is not instant across a cluster: a hint may be lost though the subscription was made before it. A new
+/// feed is checked this long after it began.
+const FIRST_CHECK: Duration = Duration::from_millis(750);
+/// What an event takes in the log beside its payload, twice (as it came, and as a frame).
+const ENTRY_OVERHEAD_BYTES: usize = 300;
+
+pub(super) struct Feed {
+    pub(super) filter: Filter,
+    pub(super) readers: AtomicUsize,
+    /// Which incarnation of the stream this is about, once it has started.
+    epoch: OnceCell<Epoch>,
+    log: Mutex<Log>,
+    /// Moves whenever readers have something to look at.
+    moved: watch::Sender<()>,
+    doubt: Notify,
+    deserted: Notify,
+}
+
+#[derive(Default)]
+struct Log {
+    entries: VecDeque<Entry>,
+    bytes: usize,
+    base: u64,
+    proven: u64,
+    closed: bool,
+}
+
+struct Entry {
+    sequence: u64,
+    bytes: usize,
+    content: Content,
+}
+
+enum Content {
+    /// Encoded when first asked for in a format, and never again.
+    Event {
+        event: Event,
+        raw: Option<Bytes>,
+        json: Option<Bytes>,
+    },
+    Gap(Bytes),
+}
+
+/// What a reader finds at its place.
+pub(super) enum Take {
+    /// These are next; the reader is now at the last of them.
+    Frames(Vec<Frame>),
+    /// Nothing yet, and everything up to here is proven.
+    Nothing {
+        proven: u64,
+    },
+    /// The log has forgotten what is next.
+    Behind,
+    Closed,
+}
+
+/// A reader's hold on a feed: while there is one, the feed is kept.
+pub(super) struct Reader {
+    pub(super) feed: Arc<Feed>,
+    pub(super) hub: Hub,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if self.feed.readers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            if self.feed.has_started() {
+                self.feed.deserted.notify_one();
+            } else {
+                self.hub.forget(&self.feed, |feed| feed.is_read() || feed.has_started());
+            }
+        }
+    }
+}
+
+impl Reader {
+    /// Starts the feed unless it has been.
+    pub(super) async fn started(&self) -> Result<Epoch, BrokerError> {
+        let start = || async {
+            // Listen before asking where the stream ends: an event stored in between must not be missed.
+            let hints = self.hub.0.broker.live(&self.feed.filter).await?;
+            let bounds = self.hub.0.broker.bounds().await?;
+            {
+                let mut log = self.feed.log();
+                log.base = bounds.last;
+                log.proven = bounds.last;
+            }
+            self.hub.0.tasks.spawn(self.feed.clone().run(self.hub.clone(), bounds.epoch, hints));
+            Ok(bounds.epoch)
+        };
+        self.feed.epoch.get_or_try_init(start).await.copied()
+    }
+}
+
+impl Reader {
+    /// Closes the feed, whose stream is found to be another one: whoever asks next gets a new one.
+    pub(super) fn retire(&self) {
+        self.feed.log().closed = true;
+        self.hub.forget(&self.feed, |_| false);
+        self.feed.moved.send_replace(());
+        self.feed.doubt();
+    }
+}
+
+impl Feed {
+    pub(super) fn new(filter: Filter) -> Feed {
+        Feed {
+            filter,
+            readers: AtomicUsize::new(0),
+            epoch: OnceCell::new(),
+            log: Mutex::default(),
+            moved: watch::Sender::new(()),
+            doubt: Notify::new(),
+            deserted: Notify::new(),
+        }
+    }
+
+    pub(super) fn has_started(&self) -> bool {
+        self.epoch.initialized()
+    }
+
+    fn is_read(&self) -> bool {
+        self.readers.load(Ordering::Acquire) > 0
+    }
+
+    pub(super) fn moved(&self) -> watch::Receiver<()> {
+        self.moved.subscribe()
+    }
+
+    pub(super) fn proven(&self) -> u64 {
+        self.log().proven
+    }
+
+    /// Has the feed read again from its proven position.
+    pub(super) fn doubt(&self) {
+        self.doubt.notify_one();
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.log().closed
+    }
+
+    /// Holds what is known of the stream against the feed: as of sequence `as_of`, the filter's last event was `last`.
+    pub(super) fn audit(&self, epoch: Epoch, last: u64, as_of: u64) {
+        let mut log = self.log();
+        if self.epoch.get() == Some(&epoch) && last <= log.proven {
+            log.proven = log.proven.max(as_of);
+        } else {
+            drop(log);
+            self.doubt();
+        }
+    }
+
+    /// What comes after `position`, at most `bytes_max` of it, but at least one frame.
+    pub(super) fn take(&self, position: u64, format: Format, bytes_max: usize) -> Take {
+        let epoch = *self.epoch.get().expect("a feed is read only once it has started");
+        let mut log = self.log();
+        if log.closed {
+            return Take::Closed;
+        }
+        if position < log.base {
+            return Take::Behind;
+        }
+        let next = log.entries.partition_point(|entry| entry.sequence <= position);
+        let mut frames = vec![];
+        let mut bytes = 0;
+        for entry in log.entries.range_mut(next..) {
+            let frame = entry.frame(epoch, format);
+            if !frames.is_empty() && bytes + frame.bytes.len() > bytes_max {
+                break;
+            }
+            bytes += frame.bytes.len();
+            frames.push(frame);
+        }
+        if frames.is_empty() { Take::Nothing { proven: log.proven } } else { Take::Frames(frames) }
+    }
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().expect("no panic happens while a log is held")
+    }
+
+    async fn run(self: Arc<Feed>, hub: Hub, epoch: Epoch, mut hints: Hints) {
+        let mut doubts = hub.0.broker.doubts();
+        let mut check_at = Some(Instant::now() + FIRST_CHECK);
+        let mut leave_at = None;
+        let mut backoff = Backoff::new();
+        loop {
+            let doubt = tokio::select! {
+                hint = hints.next() => match hint {
+                    Some(hint) => self.consider(&hub, hint, &mut hints),
+                    None => {
+                        backoff.wait().await;
+                        hub.0.broker.live(&self.filter).await.ok().map(|again| {
+                            hints = again;
+                            backoff = Backoff::new();
+                            Doubt::new("resubscribed")
+                        })
+                    }
+                },
+                () = self.doubt.notified() => Some(Doubt::new("audit")),
+                Ok(()) = doubts.changed() => Some(Doubt::new("broker")),
+                () = at(check_at) => {
+                    check_at = None;
+                    Some(Doubt::new("new"))
+                }
+                () = self.deserted.notified() => {
+                    leave_at = Some(Instant::now() + hub.0.settings.feed.linger);
+                    None
+                }
+                () = at(leave_at) => {
+                    leave_at = None;
+                    if hub.forget(&self, Feed::is_read) {
+                        return;
+                    }
+                    None
+                }
+            };
+            if let Some(doubt) = doubt {
+                hub.0.metrics.doubts.with_label_values(&[doubt.cause]).inc();
+                // Boxed, because it is rare and large, and there is a task like this for every feed.
+                Box::pin(self.repair(&hub, epoch, doubt.until)).await;
+            }
+            if self.is_closed() {
+                hub.forget(&self, |_| false);
+                return;
+            }
+        }
+    }
+
+    /// Takes a hint, and those that wait behind it, as far as they are proven. Says what is to be read again.
+    fn consider(&self, hub: &Hub, hint: Hint, hints: &mut Hints) -> Option<Doubt> {
+        let exact = self.filter.exact().is_some();
+        let mut doubt = None;
+        let mut next = Some(hint);
+        let mut log = self.log();
+        let before = log.proven;
+        for _ in 0..HINTS_AT_ONCE {
+            match next {
+                Some(Hint::Stored { event, previous }) => {
+                    let n = event.sequence;
+                    if n <= log.proven {
+                        // Repeated; or the stream was made again and counts anew, which its times betray.
+                        if log.newest_is_older_than(&event) {
+                            doubt = Some(Doubt { cause: "sequence", until: 0 });
+                        }
+                    } else if (exact && previous <= log.proven) || n == log.proven + 1 {
+                        log.append(Content::event(event), n);
+                    } else {
+                        doubt = Some(Doubt { cause: "chain", until: n });
+                        break;
+                    }
+                }
+                Some(Hint::Lost) => doubt = Some(Doubt::new("overflow")),
+                None => break,
+            }
+            next = hints.next().now_or_never().flatten();
+        }
+        if log.proven > before {
+            log.evict(&hub.0.settings.feed);
+            drop(log);
+            self.moved.send_replace(());
+        }
+        doubt
+    }
+
+    /// Reads from the proven position until nothing is left, and at least up to `until`. The answer to every doubt.
+    async fn repair(&self, hub: &Hub, epoch: Epoch, until: u64) {
+        let mut backoff = Backoff::new();
+        let mut tries = 0;
+        loop {
+            let from = From::After(self.proven());
+            match hub.0.broker.read(Read { filter: self.filter.clone(), from, until }).await {
+                Ok(page) => {
+                    let more = page.more;
+                    self.absorb(hub, epoch, page);
+                    if self.is_closed() {
+                        return;
+                    }
+                    if more {
+                        continue;
+                    }
+                    tries += 1;
+                    if self.proven() >= until || tries == REPAIR_TRIES {
+                        return;
+                    }
+                }
+                Err(error) => tracing::debug!(filter = %self.filter, %error, "reading from the proven position failed"),
+            }
+            backoff.wait().await;
+        }
+    }
+
+    /// Takes over a page that was read from the proven position.
+    fn absorb(&self, hub: &Hub, epoch: Epoch, page: Page) {
+        let mut log = self.log();
+        if page.epoch != epoch {
+            log.closed = true;
+        } else {
+            if page.first > log.proven + 1 {
+                let resumed = EventId { epoch, sequence: page.first - 1 };
+                let requested = EventId { epoch, sequence: log.proven }.to_string();
+                hub.0.metrics.gaps.with_label_values(&["expired"]).inc();
+                let gap = sse::gap(&requested, resumed, GapReason::Expired);
+                log.append(Content::Gap(gap.bytes), gap.sequence);
+            }
+            for event in page.events {
+                let sequence = event.sequence;
+                if sequence > log.proven {
+                    log.append(Content::event(event), sequence);
+                }
+            }
+            log.proven = log.proven.max(page.proven);
+            log.evict(&hub.0.settings.feed);
+        }
+        drop(log);
+        self.moved.send_replace(());
+    }
+}
+
+/// Resolves at `instant`, if there is one.
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Why, and how far, to read again.
+struct Doubt {
+    cause: &'static str,
+    until: u64,
+}
+
+impl Doubt {
+    fn new(cause: &'static str) -> Doubt {
+        Doubt { cause, until: 0 }
+    }
+}
+
+impl Log {
+    fn append(&mut self, content: Content, sequence: u64) {
+        let bytes = ENTRY_OVERHEAD_BYTES + content.bytes();
+        self.bytes += bytes;
+        self.entries.push_back(Entry { sequence, bytes, content });
+        self.proven = sequence;
+    }
+
+    /// Forgets the oldest while there is too much; the newest always stays.
+    fn evict(&mut self, limits: &crate::config::Feed) {
+        while self.entries.len() > 1 && (self.entries.len() > limits.events || self.bytes > limits.bytes) {
+            let oldest = self.entries.pop_front().expect("there are two");
+            self.bytes -= oldest.bytes;
+            self.base = oldest.sequence;
+        }
+    }
+
+    fn newest_is_older_than(&self, event: &Event) -> bool {
+        let events = self.entries.iter().rev().filter_map(|entry| match &entry.content {
+            Content::Event { event, .. } => Some(event),
+            Content::Gap(_) => None,
+        });
+        events.take(1).any(|newest| newest.time < event.time)
+    }
+}
+
+impl Entry {
+    fn frame(&mut self, epoch: Epoch, format: Format) -> Frame {
+        let bytes = match &mut self.content {
+            Content::Gap(bytes) => bytes.clone(),
+            Content::Event { event, raw, json } => {
+                let encoded = match format {
+                    Format::Raw => raw,
+                    Format::Json => json,
+                };
+                encoded.get_or_insert_with(|| sse::event(epoch, event, format).bytes).clone()
+            }
+        };
+        Frame { sequence: self.sequence, bytes }
+    }
+}
+
+impl Content {
+    fn event(event: Event) -> Content {
+        Content::Event { event, raw: None, json: None }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Content::Event { event, .. } => 2 * event.payload.len(),
+            Content::Gap(bytes) => bytes.len(),
+        }
+    }
+}

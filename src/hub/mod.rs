@@ -1,0 +1,158 @@
+//! Who reads what: keeps a feed for every filter that someone reads, and gives each client a cursor into it.
+//!
+//! ```text
+//! broker hints --> Feed (proves, remembers) --> Cursor (one client's place) --> delivery
+//! broker history <---- repair ----'     <---- catch-up ----'
+//! ```
+
+mod backoff;
+mod cursor;
+mod feed;
+mod resume;
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::Duration,
+};
+
+use rand::RngExt;
+use tokio::sync::Semaphore;
+
+use self::feed::{Feed, Reader};
+pub use self::{
+    cursor::Cursor,
+    resume::{Opening, Start, StartAt},
+};
+use crate::{
+    broker::{BrokerError, Page, Read, SharedBroker},
+    config,
+    metrics::Metrics,
+    shutdown::Tasks,
+    sse::Format,
+    subject::Filter,
+};
+
+/// Exact filters that one audit request asks for together.
+const AUDIT_SUBJECTS_MAX: usize = 256;
+
+/// A handle to the feeds of this node.
+#[derive(Clone)]
+pub struct Hub(Arc<Inner>);
+
+struct Inner {
+    broker: SharedBroker,
+    feeds: Mutex<HashMap<Filter, Arc<Feed>>>,
+    settings: Settings,
+    /// Bounds the pages of history that are read for clients at the same time. Fair: first come, first served.
+    history: Semaphore,
+    metrics: Arc<Metrics>,
+    tasks: Tasks,
+}
+
+/// What the hub needs of the configuration.
+#[derive(Clone)]
+pub struct Settings {
+    pub feed: config::Feed,
+    pub history: config::History,
+    pub audit: config::Audit,
+    pub write_bytes: usize,
+}
+
+impl Hub {
+    /// Starts a hub; its tasks are owned and ended by `tasks`.
+    pub fn start(broker: SharedBroker, settings: Settings, metrics: Arc<Metrics>, tasks: Tasks) -> Hub {
+        let hub = Hub(Arc::new(Inner {
+            broker,
+            feeds: Mutex::default(),
+            history: Semaphore::new(settings.history.concurrency),
+            settings,
+            metrics,
+            tasks: tasks.clone(),
+        }));
+        tasks.spawn(hub.clone().audit_forever());
+        hub
+    }
+
+    /// Begins to read: a cursor at the place that `start` asks for, and what its client must be told first.
+    ///
+    /// # Errors
+    /// When the broker can't be asked where that is.
+    pub async fn subscribe(
+        &self,
+        filter: &Filter,
+        start: Start,
+        format: Format,
+    ) -> Result<(Opening, Cursor), BrokerError> {
+        resume::subscribe(self, filter, start, format).await
+    }
+
+    /// The feed of `filter`, made if there is none, and kept at least as long as the reader that comes back. It may
+    /// not have started yet.
+    fn reader(&self, filter: &Filter) -> Reader {
+        let mut feeds = self.feeds();
+        let feed = feeds.entry(filter.clone()).or_insert_with(|| {
+            self.0.metrics.feeds.inc();
+            Arc::new(Feed::new(filter.clone()))
+        });
+        feed.readers.fetch_add(1, Ordering::AcqRel);
+        Reader { feed: feed.clone(), hub: self.clone() }
+    }
+
+    /// Forgets `feed` if `unless` does not say otherwise while no reader can come or go.
+    fn forget(&self, feed: &Arc<Feed>, unless: impl FnOnce(&Feed) -> bool) -> bool {
+        let mut feeds = self.feeds();
+        if unless(feed) {
+            return false;
+        }
+        if feeds.get(&feed.filter).is_some_and(|known| Arc::ptr_eq(known, feed)) {
+            feeds.remove(&feed.filter);
+            self.0.metrics.feeds.dec();
+        }
+        true
+    }
+
+    fn feeds(&self) -> std::sync::MutexGuard<'_, HashMap<Filter, Arc<Feed>>> {
+        self.0.feeds.lock().expect("no panic happens while the feeds are held")
+    }
+
+    /// Reads a page for a client, in its turn.
+    async fn read_history(&self, read: Read) -> Result<Page, BrokerError> {
+        let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
+        self.0.metrics.history_reads.inc();
+        self.0.broker.read(read).await
+    }
+
+    /// Compares every feed with the stream now and then: the hint of a last event may have been lost, and nothing
+    /// later on its subject would tell. Moves the proven position of quiet feeds on, too.
+    async fn audit_forever(self) {
+        loop {
+            tokio::time::sleep(jittered(self.0.settings.audit.interval)).await;
+            let feeds: Vec<_> = self.feeds().values().filter(|feed| feed.has_started()).cloned().collect();
+            let (exact, wild): (Vec<_>, Vec<_>) =
+                feeds.into_iter().map(|feed| (feed.filter.exact(), feed)).partition(|(subject, _)| subject.is_some());
+            for (_, feed) in wild {
+                feed.doubt();
+            }
+            let exact: Vec<_> = exact.into_iter().filter_map(|(subject, feed)| Some((subject?, feed))).collect();
+            for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
+                let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
+                match self.0.broker.last(&subjects).await {
+                    Ok(Some(known)) => {
+                        for ((_, feed), last) in chunk.iter().zip(&known.sequences) {
+                            feed.audit(known.epoch, *last, known.as_of);
+                        }
+                    }
+                    // Too much for one answer: each reads for itself.
+                    Ok(None) => chunk.iter().for_each(|(_, feed)| feed.doubt()),
+                    Err(error) => tracing::debug!(%error, "audit put off"),
+                }
+            }
+        }
+    }
+}
+
+/// A time between three and five quarters of `mean`, so that what began together does not stay together.
+pub(crate) fn jittered(mean: Duration) -> Duration {
+    mean.mul_f64(rand::rng().random_range(0.75..1.25))
+}

@@ -1,0 +1,47 @@
+//! Ends what was begun: every task of a gateway is spawned here, and ended from here.
+
+use tokio::runtime::Handle;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// The tasks of one part of a gateway. Clones own them together.
+#[derive(Clone)]
+pub struct Tasks {
+    runtime: Handle,
+    tracker: TaskTracker,
+    ended: CancellationToken,
+}
+
+impl Tasks {
+    /// Tasks that run on `runtime`.
+    pub fn new(runtime: Handle) -> Tasks {
+        Tasks { runtime, tracker: TaskTracker::new(), ended: CancellationToken::new() }
+    }
+
+    /// Runs `task` until it returns or [`Tasks::end`] drops it at its next await.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let ended = self.ended.clone();
+        self.tracker.spawn_on(
+            async move {
+                ended.run_until_cancelled(task).await;
+            },
+            &self.runtime,
+        );
+    }
+
+    /// Runs `task`, which watches over its own end, until it returns.
+    pub fn spawn_uncut(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tracker.spawn_on(task, &self.runtime);
+    }
+
+    /// Resolves when all tasks have returned, and no more can be expected.
+    pub async fn finished(&self) {
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+
+    /// Drops every task that [`Tasks::spawn`] began, and waits for all.
+    pub async fn end(&self) {
+        self.ended.cancel();
+        self.finished().await;
+    }
+}
