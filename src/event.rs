@@ -15,6 +15,8 @@ pub struct Event {
     pub subject: Subject,
     /// When the broker stored it.
     pub time: Timestamp,
+    /// When its sender wants it gone, if at all.
+    pub expires: Option<Timestamp>,
     pub kind: Option<EventType>,
     pub payload: Bytes,
 }

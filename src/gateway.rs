@@ -21,6 +21,9 @@ use crate::{
     shutdown::Tasks,
 };
 
+/// A log directive without which actix would log an error for every socket that leaves it for a stream.
+pub const NOISE_OFF: &str = "actix_http::h1=off";
+
 /// A gateway that serves.
 pub struct Gateway {
     pub listen: SocketAddr,
@@ -67,6 +70,8 @@ impl Gateway {
             history: config.history.clone(),
             audit: config.audit.clone(),
             write_bytes: config.sse.write_bytes,
+            #[cfg(test)]
+            trusts_hints: false,
         };
         let hub = Hub::start(broker.clone(), settings, metrics.clone(), hub_tasks.clone());
         let draining = CancellationToken::new();
@@ -100,13 +105,12 @@ impl Gateway {
         })
     }
 
-    /// Refuses what is new, ends every stream at its own moment, finishes publishes, and ends everything else; within
-    /// `drain.limit`.
+    /// Takes no more connections (so that a proxy tries the next node), ends every stream at its own moment, finishes
+    /// publishes, and ends everything else; within `drain.limit`.
     pub async fn drain(self) {
         self.draining.cancel();
         let orderly = async {
-            self.deliveries.drain().await;
-            self.server.stop(true).await;
+            tokio::join!(self.server.stop(true), self.deliveries.drain());
         };
         if tokio::time::timeout(self.config.drain.limit, orderly).await.is_err() {
             tracing::warn!("not everything ended in time; the rest is cut");

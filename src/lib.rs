@@ -1,3 +1,56 @@
+//! Tidegate, a Server-Sent Events gateway: from NATS to every browser, exactly where they left off.
+//!
+//! A tide gate lets water through one way. Events come in over HTTP or straight into NATS, are kept in a JetStream
+//! stream (or, with one command and nothing to install, in this process's memory), and leave as `text/event-stream` to
+//! whoever asks. Nodes keep nothing that matters: a client resumes on any of them with its `Last-Event-ID`.
+//!
+//! # The way of an event
+//!
+//! ```text
+//! publish:    http::publish, http::batch -> broker
+//! subscribe:  http::subscribe -> hub: Cursor <- Feed <- broker (live hints, history)
+//!                   \-> http::connection: the socket leaves the HTTP server -> delivery
+//! ```
+//!
+//! | module | is for | uses |
+//! |---|---|---|
+//! | [`gateway`] | puts the parts together, drains them in order | everything below |
+//! | [`http`] | the URL space, requests and problems; hands sockets over | delivery, hub, broker, sse |
+//! | [`delivery`] | the lean task that writes one stream to one socket | hub, sse |
+//! | [`hub`] | feeds, cursors, where a stream begins | broker, sse |
+//! | [`broker`] | the one trait, and its two implementations | event |
+//! | [`sse`] | event -> bytes; pure | event |
+//! | [`event`], [`subject`] | the words that everything speaks | |
+//! | [`config`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
+//!
+//! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
+//! `hub` because a task pulls from its cursor, and nothing is ever pushed at it.
+//!
+//! # Invariants
+//!
+//! - *Nothing is sent past U.* A feed keeps U, the sequence up to which it is proven complete; live hints prove nothing
+//!   by themselves. See [`hub`] and the doc of its `feed`.
+//! - *A place, not a queue.* What a client has not taken is not kept for it: at most one frame that has been begun.
+//! - *Every frame's id says "everything up to here"*, so that a connection may die after any byte.
+//! - *An event is encoded once* for each format, however many clients get it.
+//! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
+//! - *Bounded*: every queue, cache and wait has a limit with a name.
+//!
+//! # Walkthrough: a publish
+//!
+//! `POST /events/demo` arrives at `http::publish`, which parses everything before it reads the body: from there on a
+//! [`subject::Subject`] is one. [`broker::Broker::publish`] hands the event over; the answer waits for the broker's
+//! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that
+//! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from U to see what it has
+//! missed. Each reader's [`hub::Cursor`] takes the frame, and its `delivery` task writes it.
+//!
+//! # Walkthrough: a reconnect
+//!
+//! A browser comes back with `Last-Event-ID: 0k3f9x-1042`. `hub::resume` holds it against the feed: the epoch is the
+//! stream's, 1042 is not past U, so that is its place, and the stream opens with that position. If the feed's log still
+//! has what follows, the cursor takes it from there; else it reads pages of history until it is inside the log. If the
+//! stream has dropped what follows 1042, a page says so by its `first`, and the client is told a `tidegate.gap`.
+
 pub mod broker;
 pub mod config;
 pub mod delivery;

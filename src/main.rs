@@ -3,7 +3,10 @@
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
-use tidegate::{config::Config, gateway::Gateway};
+use tidegate::{
+    config::Config,
+    gateway::{Gateway, NOISE_OFF},
+};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -80,9 +83,8 @@ async fn wait_for_signal() {
     }
 }
 
-/// actix logs an error for every socket that leaves it for a stream, and for every client that breaks off.
 fn start_logging(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter = EnvFilter::try_new(filter)?.add_directive("actix_http::h1=off".parse()?);
+    let filter = EnvFilter::try_new(filter)?.add_directive(NOISE_OFF.parse()?);
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())

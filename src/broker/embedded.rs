@@ -48,12 +48,12 @@ pub struct Embedded {
 /// sequence is in `first..=last` is kept, but for those removed by their TTL.
 #[derive(Default)]
 struct Log {
-    events: BTreeMap<u64, Kept>,
+    events: BTreeMap<u64, Event>,
     by_subject: HashMap<Subject, BTreeSet<u64>>,
     bytes: usize,
     first: u64,
     last: u64,
-    expiries: BTreeSet<(Instant, u64)>,
+    expiries: BTreeSet<(Timestamp, u64)>,
     keys: HashMap<(Subject, String), u64>,
     keys_by_age: VecDeque<(Instant, (Subject, String))>,
     exact: HashMap<Subject, Vec<Listener>>,
@@ -61,16 +61,9 @@ struct Log {
     listeners_ever: u64,
 }
 
-struct Kept {
-    event: Event,
-    expires: Option<Instant>,
-}
-
-impl Kept {
-    /// What keeping the event costs in memory, roughly.
-    fn bytes(&self) -> usize {
-        self.event.payload.len() + self.event.subject.as_str().len() + EVENT_OVERHEAD_BYTES
-    }
+/// What keeping an event costs in memory, roughly.
+fn bytes_of(event: &Event) -> usize {
+    event.payload.len() + event.subject.as_str().len() + EVENT_OVERHEAD_BYTES
 }
 
 struct Listener {
@@ -160,16 +153,16 @@ impl Embedded {
         }
         let sequence = log.last + 1;
         let now = Instant::now();
-        let expires = ttl.and_then(|ttl| now.checked_add(ttl));
         if let Some(key) = key {
             log.keys.insert(key.clone(), sequence);
             log.keys_by_age.push_back((now, key));
         }
-        let newest = log.events.last_key_value().map(|(_, kept)| kept.event.time);
+        let newest = log.events.last_key_value().map(|(_, event)| event.time);
         let time = Timestamp::now().max(newest.unwrap_or(Timestamp::MIN));
-        let event = Event { sequence, subject, time, kind, payload };
+        let expires = ttl.and_then(|ttl| time.checked_add(ttl).ok());
+        let event = Event { sequence, subject, time, expires, kind, payload };
         log.tell(&event, previous);
-        log.append(Kept { event, expires });
+        log.append(event);
         log.evict(&self.limits);
         Ok(published(sequence, false))
     }
@@ -211,10 +204,10 @@ impl Broker for Embedded {
         let (events, stopped_at) = match read.filter.exact() {
             Some(subject) => {
                 let kept = log.by_subject.get(&subject).into_iter().flat_map(|kept| kept.range(start + 1..));
-                self.page_of(kept.map(|sequence| &log.events[sequence].event), |_| true)
+                self.page_of(kept.map(|sequence| &log.events[sequence]), |_| true)
             }
             None => {
-                let kept = log.events.range(start + 1..).map(|(_, kept)| &kept.event);
+                let kept = log.events.range(start + 1..).map(|(_, event)| event);
                 self.page_of(kept, |event| read.filter.matches(&event.subject))
             }
         };
@@ -262,20 +255,20 @@ impl Log {
         while low < high {
             let middle = low + (high - low) / 2;
             match self.events.range(middle..high).next() {
-                Some((sequence, kept)) if kept.event.time < time => low = sequence + 1,
+                Some((sequence, event)) if event.time < time => low = sequence + 1,
                 _ => high = middle,
             }
         }
         low - 1
     }
 
-    fn append(&mut self, kept: Kept) {
-        let sequence = kept.event.sequence;
+    fn append(&mut self, event: Event) {
+        let sequence = event.sequence;
         self.last = sequence;
-        self.bytes += kept.bytes();
-        self.by_subject.entry(kept.event.subject.clone()).or_default().insert(sequence);
-        self.expiries.extend(kept.expires.map(|at| (at, sequence)));
-        self.events.insert(sequence, kept);
+        self.bytes += bytes_of(&event);
+        self.by_subject.entry(event.subject.clone()).or_default().insert(sequence);
+        self.expiries.extend(event.expires.map(|at| (at, sequence)));
+        self.events.insert(sequence, event);
     }
 
     /// Hints everyone who listens.
@@ -290,16 +283,15 @@ impl Log {
     }
 
     fn remove(&mut self, sequence: u64) {
-        let Some(kept) = self.events.remove(&sequence) else { return };
-        self.bytes -= kept.bytes();
-        if let Some(at) = kept.expires {
+        let Some(event) = self.events.remove(&sequence) else { return };
+        self.bytes -= bytes_of(&event);
+        if let Some(at) = event.expires {
             self.expiries.remove(&(at, sequence));
         }
-        let subject = kept.event.subject;
-        if let Some(sequences) = self.by_subject.get_mut(&subject) {
+        if let Some(sequences) = self.by_subject.get_mut(&event.subject) {
             sequences.remove(&sequence);
             if sequences.is_empty() {
-                self.by_subject.remove(&subject);
+                self.by_subject.remove(&event.subject);
             }
         }
     }
@@ -318,13 +310,13 @@ impl Log {
     }
 
     fn expire(&mut self, now: Instant, time: Timestamp, limits: &config::Embedded) {
-        while let Some(&(_, sequence)) = self.expiries.first().filter(|(at, _)| *at <= now) {
+        while let Some(&(_, sequence)) = self.expiries.first().filter(|(at, _)| *at <= time) {
             self.remove(sequence);
         }
-        let too_old = |kept: &Kept| {
-            time.duration_since(kept.event.time) > SignedDuration::try_from(limits.age).unwrap_or(SignedDuration::MAX)
+        let too_old = |event: &Event| {
+            time.duration_since(event.time) > SignedDuration::try_from(limits.age).unwrap_or(SignedDuration::MAX)
         };
-        while self.events.first_key_value().is_some_and(|(_, kept)| too_old(kept)) {
+        while self.events.first_key_value().is_some_and(|(_, event)| too_old(event)) {
             self.drop_oldest();
         }
         let forgotten = |at: &Instant| now.duration_since(*at) > limits.duplicate_window;

@@ -3,8 +3,12 @@
 //! Lines are published as they arrive, in their order, a bounded number of them waiting for the broker. Every line gets
 //! its own answer line, in the same order. Memory is bounded by the window and one line; whoever does not read the
 //! answers is not read from either.
+//!
+//! Behind nginx the answer begins only when the batch has ended, has paused, or has more answers than are kept: once a
+//! response has begun, nginx (1.22, and later ones) stops sending the rest of a body for good as soon as one write of it
+//! has to wait.
 
-use std::{ops::ControlFlow, pin::Pin};
+use std::{convert::Infallible, ops::ControlFlow, pin::Pin, time::Duration};
 
 use actix_web::{HttpRequest, HttpResponse, http::header, web};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -19,7 +23,7 @@ use serde_json::value::RawValue;
 
 use super::{
     App,
-    error::{ApiError, Code, Problem},
+    error::{ApiError, Code, Problem, REFUSAL_HEADER},
     publish::{Receipt, check_coding, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
     query::Query,
 };
@@ -28,26 +32,39 @@ use crate::broker::{Condition, Publication};
 /// Types that mean one JSON value a line.
 const TYPES: [&str; 3] = ["application/x-ndjson", "application/ndjson", "application/jsonl"];
 
+/// A batch that brings nothing for so long has paused.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Answers that are kept while a batch behind nginx has neither ended nor paused: about 10,000 of them.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
     if let Err(error) = check(&app, &request) {
         return app.refuse(&error);
     }
-    let batch = Batch {
+    let behind_proxy = request.headers().contains_key(REFUSAL_HEADER);
+    let mut batch = Batch {
         lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max: app.limits.line_bytes },
         waiting: FuturesOrdered::new(),
         number: 0,
         ended: false,
         app,
     };
+    let first = if behind_proxy { batch.answers_until_pause().await } else { Bytes::new() };
+    let rest = stream::unfold(batch, |mut batch| async move {
+        loop {
+            match batch.next_answer(Duration::MAX).await {
+                Next::Answer(answer) => return Some((Ok::<_, Infallible>(answer), batch)),
+                Next::Pause => {}
+                Next::End => return None,
+            }
+        }
+    });
     HttpResponse::Ok()
         .content_type("application/x-ndjson")
         .insert_header((header::CACHE_CONTROL, "no-store"))
         .insert_header(("X-Accel-Buffering", "no"))
-        .streaming(stream::unfold(batch, |mut batch| async move {
-            let answer = batch.next_answer().await?;
-            Some((answer, batch))
-        }))
+        .streaming(stream::iter((!first.is_empty()).then_some(Ok(first))).chain(rest))
 }
 
 fn check(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
@@ -77,6 +94,13 @@ struct Batch {
     ended: bool,
 }
 
+/// What comes next in a batch.
+enum Next {
+    Answer(Bytes),
+    Pause,
+    End,
+}
+
 /// The answer to one line.
 enum Answer {
     Stored(String),
@@ -84,8 +108,20 @@ enum Answer {
 }
 
 impl Batch {
-    /// Reads on while the window has room, until an answer is ready.
-    async fn next_answer(&mut self) -> Option<Result<Bytes, actix_web::Error>> {
+    /// The answers up to the batch's end, its first pause, or as many as are kept.
+    async fn answers_until_pause(&mut self) -> Bytes {
+        let mut answers = BytesMut::new();
+        while answers.len() < ANSWER_BYTES_MAX {
+            match self.next_answer(PAUSE).await {
+                Next::Answer(answer) => answers.extend_from_slice(&answer),
+                Next::Pause | Next::End => break,
+            }
+        }
+        answers.freeze()
+    }
+
+    /// Reads on while the window has room, until an answer is ready, or for as long as `pause` brings neither.
+    async fn next_answer(&mut self, pause: Duration) -> Next {
         loop {
             if self.app.is_draining() {
                 // Lines that were read are answered; the others are for another node.
@@ -93,19 +129,20 @@ impl Batch {
             }
             let reads = !self.ended && self.waiting.len() < self.app.limits.batch_window;
             if !reads && self.waiting.is_empty() {
-                return None;
+                return Next::End;
             }
             let app = self.app.clone();
             tokio::select! {
                 biased;
                 Some(answer) = self.waiting.next(), if !self.waiting.is_empty() => {
-                    return Some(Ok(self.write(answer)));
+                    return Next::Answer(self.write(answer));
                 }
                 line = self.lines.next(), if reads => match line {
                     ControlFlow::Break(()) => self.ended = true,
                     ControlFlow::Continue(line) => self.take(line).await,
                 },
                 () = app.drained(), if reads => {}
+                () = tokio::time::sleep(pause) => return Next::Pause,
             }
         }
     }

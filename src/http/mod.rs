@@ -7,7 +7,7 @@ mod publish;
 mod query;
 mod subscribe;
 
-use std::{io, net::TcpListener, sync::Arc};
+use std::{io, net::TcpListener, sync::Arc, time::Duration};
 
 use actix_http::{HttpService, KeepAlive};
 use actix_server::{Server, ServerBuilder};
@@ -27,6 +27,9 @@ use crate::{
     hub::Hub,
     metrics::Metrics,
 };
+
+/// How long a connection is kept for the rest of a body that nobody wants, and for its own orderly end.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -89,6 +92,8 @@ pub fn serve(app: App, public: TcpListener, admin: TcpListener) -> io::Result<Se
             let http = HttpService::build()
                 .keep_alive(KeepAlive::Os)
                 .client_request_timeout(app.limits.request_head)
+                // After an early refusal, what still arrives is read for so long: a reset would overtake the answer.
+                .client_disconnect_timeout(LINGER)
                 .graceful_shutdown_signal(stopped)
                 .on_connect_ext(|connection: &Connection, data| {
                     data.insert(connection.slot());

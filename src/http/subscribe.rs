@@ -1,6 +1,6 @@
 //! `GET /events/{filter}` and `GET /events?subject={filter}`: opens a stream.
 
-use std::{rc::Rc, time::SystemTime};
+use std::{borrow::Cow, rc::Rc, time::SystemTime};
 
 use actix_web::{HttpRequest, HttpResponse, body::BoxBody, http::header, web};
 use jiff::Timestamp;
@@ -19,8 +19,8 @@ use crate::{
     subject::Filter,
 };
 
-/// Longest `Last-Event-ID` that is looked at; a longer one is none of ours.
-const ID_BYTES_MAX: usize = 256;
+/// How much of a `Last-Event-ID` is looked at, and said again in a gap. None of ours is longer.
+const ID_CHARS_MAX: usize = 256;
 
 /// `GET /events/{filter}`
 pub async fn filter_in_path(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
@@ -74,11 +74,10 @@ impl Wish {
             }
         };
         let header = request.headers().get("Last-Event-ID").map(|value| String::from_utf8_lossy(value.as_bytes()));
-        let last_event_id = match header {
-            Some(header) => Some(header.into_owned()),
-            None => query.one("lastEventId")?.map(str::to_owned),
-        };
-        let last_event_id = last_event_id.filter(|id| !id.is_empty()).map(|id| id.chars().take(ID_BYTES_MAX).collect());
+        let parameter = query.one("lastEventId")?.map(Cow::from);
+        // Empty is what an EventSource has before its first id.
+        let last_event_id = header.into_iter().chain(parameter).find(|id| !id.is_empty());
+        let last_event_id = last_event_id.map(|id| id.chars().take(ID_CHARS_MAX).collect());
         Ok(Wish { filter, start: Start { last_event_id, at }, format })
     }
 }

@@ -4,7 +4,8 @@
 //! A feed keeps U, the sequence up to which it is proven complete. Live hints prove nothing by themselves: on NATS,
 //! thousands of stored events may never appear live. So a hint with sequence n is taken only when everything up to n
 //! is proven:
-//! - an exact subject: the hint names the event before it; at or below U, nothing is missing in between;
+//! - an exact subject: the hint names the event before it, still kept; at or below U, nothing is missing in between.
+//!   (Where none is kept, some may have been stored, lost on the way here and expired since: that is a doubt.);
 //! - a wildcard: only n = U + 1 proves itself;
 //! - everything else, and every doubt (a reconnect, an overflow, an election, the audit), is settled by one function,
 //!   [`Feed::repair`]: read from U.
@@ -30,6 +31,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
+use jiff::Timestamp;
 use tokio::{
     sync::{Notify, OnceCell, watch},
     time::Instant,
@@ -212,7 +214,7 @@ impl Feed {
         let next = log.entries.partition_point(|entry| entry.sequence <= position);
         let mut frames = vec![];
         let mut bytes = 0;
-        for entry in log.entries.range_mut(next..) {
+        for entry in log.entries.range_mut(next..).filter(|entry| !entry.has_expired()) {
             let frame = entry.frame(epoch, format);
             if !frames.is_empty() && bytes + frame.bytes.len() > bytes_max {
                 break;
@@ -228,7 +230,6 @@ impl Feed {
     }
 
     async fn run(self: Arc<Feed>, hub: Hub, epoch: Epoch, mut hints: Hints) {
-        let mut doubts = hub.0.broker.doubts();
         let mut check_at = Some(Instant::now() + FIRST_CHECK);
         let mut leave_at = None;
         let mut backoff = Backoff::new();
@@ -246,7 +247,6 @@ impl Feed {
                     }
                 },
                 () = self.doubt.notified() => Some(Doubt::new("audit")),
-                Ok(()) = doubts.changed() => Some(Doubt::new("broker")),
                 () = at(check_at) => {
                     check_at = None;
                     Some(Doubt::new("new"))
@@ -263,7 +263,7 @@ impl Feed {
                     None
                 }
             };
-            if let Some(doubt) = doubt {
+            if let Some(doubt) = doubt.filter(|_| !hub.0.settings.trusts_hints()) {
                 hub.0.metrics.doubts.with_label_values(&[doubt.cause]).inc();
                 // Boxed, because it is rare and large, and there is a task like this for every feed.
                 Box::pin(self.repair(&hub, epoch, doubt.until)).await;
@@ -280,28 +280,30 @@ impl Feed {
         let exact = self.filter.exact().is_some();
         let mut doubt = None;
         let mut next = Some(hint);
+        let mut taken = 0;
         let mut log = self.log();
         let before = log.proven;
-        for _ in 0..HINTS_AT_ONCE {
-            match next {
-                Some(Hint::Stored { event, previous }) => {
+        while let Some(hint) = next {
+            match hint {
+                Hint::Lost => doubt = Some(Doubt::new("overflow")),
+                Hint::Stored { event, previous } => {
                     let n = event.sequence;
+                    let chained = exact && previous > 0 && previous <= log.proven;
                     if n <= log.proven {
                         // Repeated; or the stream was made again and counts anew, which its times betray.
                         if log.newest_is_older_than(&event) {
-                            doubt = Some(Doubt { cause: "sequence", until: 0 });
+                            doubt = Some(Doubt::new("sequence"));
                         }
-                    } else if (exact && previous <= log.proven) || n == log.proven + 1 {
+                    } else if chained || n == log.proven + 1 || hub.0.settings.trusts_hints() {
                         log.append(Content::event(event), n);
                     } else {
                         doubt = Some(Doubt { cause: "chain", until: n });
                         break;
                     }
                 }
-                Some(Hint::Lost) => doubt = Some(Doubt::new("overflow")),
-                None => break,
             }
-            next = hints.next().now_or_never().flatten();
+            taken += 1;
+            next = if taken < HINTS_AT_ONCE { hints.next().now_or_never().flatten() } else { None };
         }
         if log.proven > before {
             log.evict(&hub.0.settings.feed);
@@ -311,24 +313,25 @@ impl Feed {
         doubt
     }
 
-    /// Reads from the proven position until nothing is left, and at least up to `until`. The answer to every doubt.
+    /// Reads from the proven position up to `until`, or until nothing is left. The answer to every doubt.
     async fn repair(&self, hub: &Hub, epoch: Epoch, until: u64) {
         let mut backoff = Backoff::new();
         let mut tries = 0;
         loop {
             let from = From::After(self.proven());
-            match hub.0.broker.read(Read { filter: self.filter.clone(), from, until }).await {
+            match hub.read_for_feed(Read { filter: self.filter.clone(), from, until }).await {
                 Ok(page) => {
                     let more = page.more;
                     self.absorb(hub, epoch, page);
                     if self.is_closed() {
                         return;
                     }
-                    if more {
+                    let reached = self.proven() >= until;
+                    if more && !(reached && until > 0) {
                         continue;
                     }
                     tries += 1;
-                    if self.proven() >= until || tries == REPAIR_TRIES {
+                    if reached || tries == REPAIR_TRIES {
                         return;
                     }
                 }
@@ -412,6 +415,14 @@ impl Log {
 }
 
 impl Entry {
+    /// Whether its sender wants it gone by now. The stream has dropped it; the log has only not forgotten it yet.
+    fn has_expired(&self) -> bool {
+        match &self.content {
+            Content::Event { event, .. } => event.expires.is_some_and(|at| at <= Timestamp::now()),
+            Content::Gap(_) => false,
+        }
+    }
+
     fn frame(&mut self, epoch: Epoch, format: Format) -> Frame {
         let bytes = match &mut self.content {
             Content::Gap(bytes) => bytes.clone(),

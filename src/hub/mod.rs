@@ -9,6 +9,8 @@ mod backoff;
 mod cursor;
 mod feed;
 mod resume;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::HashMap,
@@ -19,13 +21,16 @@ use std::{
 use rand::RngExt;
 use tokio::sync::Semaphore;
 
-use self::feed::{Feed, Reader};
+use self::{
+    backoff::Backoff,
+    feed::{Feed, Reader},
+};
 pub use self::{
     cursor::Cursor,
     resume::{Opening, Start, StartAt},
 };
 use crate::{
-    broker::{BrokerError, Page, Read, SharedBroker},
+    broker::{Bounds, BrokerError, Page, Read, SharedBroker},
     config,
     metrics::Metrics,
     shutdown::Tasks,
@@ -46,6 +51,8 @@ struct Inner {
     settings: Settings,
     /// Bounds the pages of history that are read for clients at the same time. Fair: first come, first served.
     history: Semaphore,
+    /// The same for feeds, which readers wait for, so that neither stands in the other's line.
+    repairs: Semaphore,
     metrics: Arc<Metrics>,
     tasks: Tasks,
 }
@@ -57,6 +64,18 @@ pub struct Settings {
     pub history: config::History,
     pub audit: config::Audit,
     pub write_bytes: usize,
+    /// Takes every hint for the whole truth and checks nothing, to show that the tests would notice.
+    #[cfg(test)]
+    pub trusts_hints: bool,
+}
+
+impl Settings {
+    fn trusts_hints(&self) -> bool {
+        #[cfg(test)]
+        return self.trusts_hints;
+        #[cfg(not(test))]
+        false
+    }
 }
 
 impl Hub {
@@ -66,11 +85,14 @@ impl Hub {
             broker,
             feeds: Mutex::default(),
             history: Semaphore::new(settings.history.concurrency),
+            repairs: Semaphore::new(settings.history.concurrency),
             settings,
             metrics,
             tasks: tasks.clone(),
         }));
-        tasks.spawn(hub.clone().audit_forever());
+        if !hub.0.settings.trusts_hints() {
+            tasks.spawn(hub.clone().audit_forever());
+        }
         hub
     }
 
@@ -116,6 +138,12 @@ impl Hub {
         self.0.feeds.lock().expect("no panic happens while the feeds are held")
     }
 
+    /// Reads a page for a feed, in its turn.
+    async fn read_for_feed(&self, read: Read) -> Result<Page, BrokerError> {
+        let _turn = self.0.repairs.acquire().await.expect("the semaphore is never closed");
+        self.0.broker.read(read).await
+    }
+
     /// Reads a page for a client, in its turn.
     async fn read_history(&self, read: Read) -> Result<Page, BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
@@ -123,32 +151,57 @@ impl Hub {
         self.0.broker.read(read).await
     }
 
-    /// Compares every feed with the stream now and then: the hint of a last event may have been lost, and nothing
-    /// later on its subject would tell. Moves the proven position of quiet feeds on, too.
+    /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and
+    /// nothing later on its subject would tell; and at once when the broker says that hints may have been lost.
     async fn audit_forever(self) {
+        let mut doubts = self.0.broker.doubts();
         loop {
-            tokio::time::sleep(jittered(self.0.settings.audit.interval)).await;
-            let feeds: Vec<_> = self.feeds().values().filter(|feed| feed.has_started()).cloned().collect();
-            let (exact, wild): (Vec<_>, Vec<_>) =
-                feeds.into_iter().map(|feed| (feed.filter.exact(), feed)).partition(|(subject, _)| subject.is_some());
-            for (_, feed) in wild {
-                feed.doubt();
+            tokio::select! {
+                () = tokio::time::sleep(jittered(self.0.settings.audit.interval)) => {}
+                Ok(()) = doubts.changed() => {}
             }
-            let exact: Vec<_> = exact.into_iter().filter_map(|(subject, feed)| Some((subject?, feed))).collect();
-            for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
-                let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
-                match self.0.broker.last(&subjects).await {
-                    Ok(Some(known)) => {
+            let mut backoff = Backoff::new();
+            while let Err(error) = self.audit().await {
+                tracing::debug!(%error, "audit put off");
+                backoff.wait().await;
+            }
+        }
+    }
+
+    /// Compares every feed with the stream, once. Exact filters are asked for together; their position moves on with
+    /// the stream's while they are quiet. Those with wildcards read for themselves.
+    async fn audit(&self) -> Result<(), BrokerError> {
+        let feeds: Vec<_> = self.feeds().values().filter(|feed| feed.has_started()).cloned().collect();
+        let mut exact = vec![];
+        for feed in feeds {
+            match feed.filter.exact() {
+                Some(subject) => exact.push((subject, feed)),
+                None => feed.doubt(),
+            }
+        }
+        for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
+            let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
+            // Whoever answers next may lag behind the stream's leader, and may not say less than it did now.
+            let Bounds { last, .. } = self.0.broker.bounds().await?;
+            let mut backoff = Backoff::new();
+            loop {
+                match self.0.broker.last(&subjects).await? {
+                    Some(known) if known.as_of < last => backoff.wait().await,
+                    Some(known) => {
                         for ((_, feed), last) in chunk.iter().zip(&known.sequences) {
                             feed.audit(known.epoch, *last, known.as_of);
                         }
+                        break;
                     }
                     // Too much for one answer: each reads for itself.
-                    Ok(None) => chunk.iter().for_each(|(_, feed)| feed.doubt()),
-                    Err(error) => tracing::debug!(%error, "audit put off"),
+                    None => {
+                        chunk.iter().for_each(|(_, feed)| feed.doubt());
+                        break;
+                    }
                 }
             }
         }
+        Ok(())
     }
 }
 

@@ -1,0 +1,334 @@
+//! The promises of feeds and cursors, held against a broker whose hints get lost, repeated, late and out of order.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures_util::{StreamExt, stream};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use tokio::{runtime::Handle, sync::watch, time::timeout};
+
+use super::*;
+use crate::{
+    broker::{
+        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Publication, PublishError, Published,
+        embedded::Embedded,
+    },
+    config::Config,
+    event::EventId,
+    subject::Subject,
+};
+
+/// Longer than anything takes on a clock that stands still while there is work.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// The embedded broker, with hints as NATS may deliver them under the worst of luck, and reads that may fail.
+struct Faulty {
+    broker: watch::Sender<Arc<Embedded>>,
+    seed: AtomicU64,
+    reads_fail: AtomicBool,
+}
+
+impl Faulty {
+    fn new(seed: u64) -> Arc<Faulty> {
+        let broker = watch::Sender::new(Arc::new(embedded(100_000)));
+        Arc::new(Faulty { broker, seed: AtomicU64::new(seed), reads_fail: AtomicBool::new(false) })
+    }
+
+    fn inner(&self) -> Arc<Embedded> {
+        self.broker.borrow().clone()
+    }
+
+    /// As when a stream is deleted and made again: other events, another epoch, and old subscriptions go on in silence.
+    fn recreate(&self) {
+        self.broker.send_replace(Arc::new(embedded(100_000)));
+    }
+
+    async fn publish(&self, subject: &str) -> EventId {
+        let publication = Publication {
+            subject: Subject::parse(subject).unwrap(),
+            kind: None,
+            payload: "x".into(),
+            ttl: None,
+            key: None,
+            condition: None,
+        };
+        let Published { id, .. } = self.inner().publish(publication).await.unwrap().await.unwrap();
+        id
+    }
+}
+
+fn embedded(events: usize) -> Embedded {
+    let config = config();
+    Embedded::new(&config::Embedded { events, ..config.embedded }, &config.history)
+}
+
+fn config() -> Config {
+    Config::load(None, vec![]).unwrap()
+}
+
+#[async_trait]
+impl Broker for Faulty {
+    async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
+        Broker::publish(&*self.inner(), publication).await
+    }
+
+    async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
+        let hints = self.inner().live(filter).await?;
+        let dice = StdRng::seed_from_u64(self.seed.fetch_add(1, Ordering::Relaxed));
+        let held: VecDeque<Hint> = VecDeque::new();
+        let unlucky = stream::unfold((hints, dice, held), |(mut hints, mut dice, mut held)| async move {
+            loop {
+                if !held.is_empty() && dice.random_ratio(1, 3) {
+                    return held.pop_front().map(|late| (late, (hints, dice, held)));
+                }
+                let hint = hints.next().await?;
+                match dice.random_range(0..10) {
+                    0 | 1 => {}
+                    2 => held.push_back(hint),
+                    3 => {
+                        held.push_back(hint.clone());
+                        return Some((hint, (hints, dice, held)));
+                    }
+                    _ => return Some((hint, (hints, dice, held))),
+                }
+            }
+        });
+        Ok(unlucky.boxed())
+    }
+
+    async fn read(&self, read: Read) -> Result<Page, BrokerError> {
+        if self.reads_fail.load(Ordering::Relaxed) {
+            return Err(BrokerError::Unavailable("on purpose".into()));
+        }
+        // Something else gets to run while a read is under way.
+        tokio::task::yield_now().await;
+        self.inner().read(read).await
+    }
+
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
+        self.inner().last(subjects).await
+    }
+
+    async fn bounds(&self) -> Result<Bounds, BrokerError> {
+        self.inner().bounds().await
+    }
+
+    fn doubts(&self) -> watch::Receiver<u64> {
+        self.inner().doubts()
+    }
+
+    fn health(&self) -> Health {
+        Health::Ready
+    }
+
+    fn describe(&self) -> String {
+        "faulty".into()
+    }
+}
+
+fn hub(broker: &Arc<Faulty>, change: impl FnOnce(&mut Settings)) -> Hub {
+    let Config { feed, history, audit, .. } = config();
+    let mut settings = Settings { feed, history, audit, write_bytes: 65_536, trusts_hints: false };
+    change(&mut settings);
+    Hub::start(broker.clone(), settings, Arc::new(Metrics::new()), Tasks::new(Handle::current()))
+}
+
+fn from(at: StartAt) -> Start {
+    Start { last_event_id: None, at }
+}
+
+fn after(id: EventId) -> Start {
+    Start { last_event_id: Some(id.to_string()), at: StartAt::Now }
+}
+
+async fn subscribe(hub: &Hub, filter: &str, start: Start) -> (Opening, Cursor) {
+    hub.subscribe(&Filter::parse(filter).unwrap(), start, Format::Raw).await.unwrap()
+}
+
+/// The sequences of the next `count` frames, or of those that came before nothing more did.
+async fn take(cursor: &mut Cursor, count: usize) -> Vec<u64> {
+    let mut sequences = vec![];
+    while sequences.len() < count {
+        let Ok(frames) = timeout(BOUND, cursor.next()).await else { break };
+        sequences.extend(frames.iter().map(|frame| frame.sequence));
+    }
+    sequences
+}
+
+fn text(opening: &Opening) -> String {
+    match opening {
+        Opening::Position(id) => id.to_string(),
+        Opening::Gap(frame) => String::from_utf8(frame.bytes.to_vec()).unwrap(),
+    }
+}
+
+const SUBJECTS: [&str; 5] = ["a.0", "a.1", "a.2", "b.0", "c"];
+const FILTERS: [&str; 5] = ["a.0", "c", "a.*", "a.>", ">"];
+
+/// Publishes at random while readers of several filters read; says for each what it got and what it was owed.
+async fn scenario(seed: u64, trusts_hints: bool) -> Vec<(&'static str, Vec<u64>, Vec<u64>)> {
+    let broker = Faulty::new(seed);
+    let hub = hub(&broker, |settings| {
+        settings.trusts_hints = trusts_hints;
+        // Every other time, readers fall behind the log and are served from history.
+        settings.feed.events = if seed.is_multiple_of(2) { 1024 } else { 16 };
+    });
+    let mut cursors = vec![];
+    for filter in FILTERS {
+        cursors.push((filter, subscribe(&hub, filter, from(StartAt::Now)).await.1));
+    }
+    let mut dice = StdRng::seed_from_u64(seed);
+    let mut published = vec![];
+    for _ in 0..300 {
+        let subject = SUBJECTS[dice.random_range(0..SUBJECTS.len())];
+        published.push((Subject::parse(subject).unwrap(), broker.publish(subject).await.sequence));
+        match dice.random_range(0..8) {
+            0 => tokio::time::sleep(Duration::from_millis(dice.random_range(1..50))).await,
+            1 | 2 => tokio::task::yield_now().await,
+            _ => {}
+        }
+        // One reader takes while the others fall behind their feeds' logs.
+        let (_, reader) = &mut cursors[dice.random_range(0..FILTERS.len())];
+        if dice.random_ratio(1, 20) {
+            let _ = timeout(Duration::from_millis(1), reader.next()).await.map(|frames| {
+                let first = frames[0].sequence;
+                reader.give_back_after(first - 1);
+            });
+        }
+    }
+    let mut results = vec![];
+    for (name, mut cursor) in cursors {
+        let filter = Filter::parse(name).unwrap();
+        let owed: Vec<_> = published.iter().filter(|(s, _)| filter.matches(s)).map(|(_, n)| *n).collect();
+        results.push((name, take(&mut cursor, owed.len()).await, owed));
+    }
+    hub.0.tasks.end().await;
+    results
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_lost_repeated_or_reordered_whatever_becomes_of_hints() {
+    for seed in 0..60 {
+        for (filter, got, owed) in scenario(seed, false).await {
+            assert_eq!(got, owed, "seed {seed}, filter {filter}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_proofs_every_run_of_that_test_finds_losses() {
+    for seed in (0..40).step_by(2) {
+        let results = scenario(seed, true).await;
+        assert!(results.iter().any(|(_, got, owed)| got != owed), "seed {seed} found nothing");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resume_anywhere_goes_on_exactly_after_it() {
+    let broker = Faulty::new(1);
+    let hub = hub(&broker, |settings| settings.feed.events = 8);
+    let (_, mut reader) = subscribe(&hub, "a.*", from(StartAt::First)).await;
+    let mut ids = vec![];
+    for n in 0..50 {
+        let id = broker.publish(["a.0", "b"][n % 2]).await;
+        if n % 2 == 0 {
+            ids.push(id);
+        }
+    }
+    assert_eq!(take(&mut reader, ids.len()).await, ids.iter().map(|id| id.sequence).collect::<Vec<_>>());
+    for (n, id) in ids.iter().enumerate() {
+        let (opening, mut cursor) = subscribe(&hub, "a.*", after(*id)).await;
+        assert_eq!(text(&opening), id.to_string());
+        let rest: Vec<_> = ids[n + 1..].iter().map(|id| id.sequence).collect();
+        assert_eq!(take(&mut cursor, rest.len()).await, rest);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_position_of_a_quiet_stream_moves_on_with_the_audit() {
+    let broker = Faulty::new(2);
+    let hub = hub(&broker, |_| {});
+    let (_, mut quiet) = subscribe(&hub, "quiet", from(StartAt::Now)).await;
+    for _ in 0..10 {
+        broker.publish("loud").await;
+    }
+    assert!(timeout(Duration::from_secs(40), quiet.next()).await.is_err());
+    assert_eq!(quiet.quiet_position().map(|id| id.sequence), Some(10));
+    assert_eq!(quiet.quiet_position(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_made_again_is_told_as_a_gap_to_open_streams_and_to_returning_ones() {
+    let broker = Faulty::new(3);
+    let hub = hub(&broker, |_| {});
+    let (_, mut open) = subscribe(&hub, "a.0", from(StartAt::Now)).await;
+    let old = broker.publish("a.0").await;
+    assert_eq!(take(&mut open, 1).await, [1]);
+
+    broker.recreate();
+    let new = broker.publish("a.0").await;
+    let frames = timeout(BOUND, open.next()).await.unwrap();
+    let gap = String::from_utf8(frames[0].bytes.to_vec()).unwrap();
+    let told = format!("\"requested\":\"{old}\",\"resumed\":\"{}-0\",\"reason\":\"recreated\"", new.epoch);
+    assert!(gap.contains(&told), "{gap}");
+    assert_eq!(take(&mut open, 1).await, [1]);
+
+    let (opening, mut back) = subscribe(&hub, "a.0", after(old)).await;
+    assert!(text(&opening).contains("recreated"), "{opening:?}");
+    assert_eq!(take(&mut back, 1).await, [1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_id_from_the_future_is_not_believed_without_the_leader() {
+    let broker = Faulty::new(4);
+    let hub = hub(&broker, |_| {});
+    let id = broker.publish("a").await;
+    let (opening, _) = subscribe(&hub, "a", after(EventId { sequence: 2, ..id })).await;
+    assert!(text(&opening).contains("unknown-id"), "{opening:?}");
+
+    // Another node may have seen what this one has not.
+    broker.reads_fail.store(true, Ordering::Relaxed);
+    let ahead = broker.publish("b").await;
+    let (opening, _) = subscribe(&hub, "a", after(ahead)).await;
+    assert_eq!(text(&opening), ahead.to_string());
+}
+
+#[tokio::test(start_paused = true)]
+async fn expired_history_is_told_with_what_was_asked_for_and_where_it_goes_on() {
+    let broker = Faulty::new(5);
+    broker.broker.send_replace(Arc::new(embedded(10)));
+    let hub = hub(&broker, |settings| settings.feed.events = 2);
+    let id = broker.publish("a").await;
+    for _ in 0..29 {
+        broker.publish("a").await;
+    }
+    let (_, mut cursor) = subscribe(&hub, "a", after(id)).await;
+    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let gap = String::from_utf8(frames[0].bytes.to_vec()).unwrap();
+    let told = format!("\"requested\":\"{id}\",\"resumed\":\"{}-20\",\"reason\":\"expired\"", id.epoch);
+    assert!(gap.contains(&told), "{gap}");
+    assert_eq!(take(&mut cursor, 10).await, (21..=30).collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_feed_is_kept_a_little_longer_than_its_last_reader() {
+    let broker = Faulty::new(6);
+    let hub = hub(&broker, |settings| settings.feed.linger = Duration::from_secs(5));
+    let (_, cursor) = subscribe(&hub, "a", from(StartAt::Now)).await;
+    drop(cursor);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(hub.feeds().len(), 1);
+    let (_, cursor) = subscribe(&hub, "a", from(StartAt::Now)).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(hub.feeds().len(), 1, "a reader has come back");
+    drop(cursor);
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(hub.feeds().len(), 0);
+}
