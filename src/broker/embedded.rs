@@ -198,20 +198,21 @@ impl Broker for Embedded {
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
         let log = self.log();
         let start = match read.from {
-            From::After(sequence) => sequence.min(log.last),
+            From::After(sequence) => sequence,
             From::Time(time) => log.before(time),
         };
         let (events, stopped_at) = match read.filter.exact() {
             Some(subject) => {
-                let kept = log.by_subject.get(&subject).into_iter().flat_map(|kept| kept.range(start + 1..));
+                let kept =
+                    log.by_subject.get(&subject).into_iter().flat_map(|kept| kept.range(start.saturating_add(1)..));
                 self.page_of(kept.map(|sequence| &log.events[sequence]), |_| true)
             }
             None => {
-                let kept = log.events.range(start + 1..).map(|(_, event)| event);
+                let kept = log.events.range(start.saturating_add(1)..).map(|(_, event)| event);
                 self.page_of(kept, |event| read.filter.matches(&event.subject))
             }
         };
-        let proven = stopped_at.unwrap_or(log.last);
+        let proven = stopped_at.unwrap_or(log.last.max(start));
         Ok(Page { epoch: self.epoch, start, first: log.first, events, proven, more: stopped_at.is_some() })
     }
 

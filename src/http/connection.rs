@@ -7,9 +7,8 @@
 //! pipelined behind). What is left for it to drop is a connection without a socket.
 //!
 //! # Raw `>`
-//! curl sends `/events/orders.>` as it is, but the URI type of actix's `http` crate refuses `>` in a path (RFC 3986 does
-//! not allow it). [`target::Target`] follows the requests on the connection and puts a stand-in for it, byte for byte;
-//! [`restore_path`] is the way back.
+//! curl sends `/events/orders.>` as it is, but the URI type that actix uses refuses such characters, as RFC 3986 does.
+//! [`Target`] follows the requests on the connection, and what it finds is percent-encoded before actix sees it.
 
 mod target;
 
@@ -22,18 +21,21 @@ use std::{
 };
 
 use actix_web::body::{BodySize, MessageBody};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use percent_encoding::percent_encode_byte;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 
-pub use target::restore_path;
+use self::target::Target;
 
 /// The transport of one connection.
 pub struct Connection {
     slot: Rc<Slot>,
-    target: target::Target,
+    target: Target,
+    /// Encoded bytes that had no room yet.
+    encoded: BytesMut,
 }
 
 /// Where the socket is as long as it has not left. Handlers find it in the request's connection data.
@@ -46,7 +48,7 @@ pub struct Slot {
 impl Connection {
     pub fn new(socket: TcpStream) -> Connection {
         let slot = Slot { socket: RefCell::new(Some(socket)), flushed: Cell::new(false), waker: RefCell::default() };
-        Connection { slot: Rc::new(slot), target: target::Target::new() }
+        Connection { slot: Rc::new(slot), target: Target::new(), encoded: BytesMut::new() }
     }
 
     pub fn slot(&self) -> Rc<Slot> {
@@ -68,10 +70,26 @@ impl Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = self.with_socket((), |socket| socket.poll_read(cx, buf));
-        self.target.follow(&mut buf.filled_mut()[before..]);
-        polled
+        if self.encoded.is_empty() {
+            let before = buf.filled().len();
+            let polled = self.with_socket((), |socket| socket.poll_read(cx, buf));
+            let arrived = &buf.filled()[before..];
+            let to_encode = self.target.follow(arrived);
+            if to_encode.is_empty() {
+                return polled;
+            }
+            let mut rest = 0;
+            for at in to_encode {
+                self.encoded.extend_from_slice(&arrived[rest..at]);
+                self.encoded.extend_from_slice(percent_encode_byte(arrived[at]).as_bytes());
+                rest = at + 1;
+            }
+            self.encoded.extend_from_slice(&arrived[rest..]);
+            buf.set_filled(before);
+        }
+        let fits = self.encoded.len().min(buf.remaining());
+        buf.put_slice(&self.encoded.split_to(fits));
+        Poll::Ready(Ok(()))
     }
 }
 

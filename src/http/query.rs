@@ -3,10 +3,7 @@
 use actix_web::HttpRequest;
 use percent_encoding::percent_decode_str;
 
-use super::{
-    connection,
-    error::{ApiError, Code},
-};
+use super::error::{ApiError, Code};
 
 /// The decoded query: only parameters that are known, in their order.
 pub struct Query(Vec<(&'static str, String)>);
@@ -49,19 +46,8 @@ impl Query {
 
 /// The subject or filter that stands in the path after `/events/`, decoded.
 pub fn subject_in_path(request: &HttpRequest) -> Result<String, ApiError> {
-    let path = request.path_as_sent();
-    decode(path.strip_prefix("/events/").unwrap_or_default())
-}
-
-trait PathAsSent {
-    fn path_as_sent(&self) -> String;
-}
-
-impl PathAsSent for HttpRequest {
-    /// `HttpRequest::path` has some characters decoded already; the URI has not.
-    fn path_as_sent(&self) -> String {
-        connection::restore_path(self.uri().path())
-    }
+    // Not `HttpRequest::path`, which has some characters decoded already.
+    decode(request.uri().path().strip_prefix("/events/").unwrap_or_default())
 }
 
 fn decode(text: &str) -> Result<String, ApiError> {

@@ -1,17 +1,8 @@
-//! Follows the requests on a connection as far as to know where a request target begins and ends, and puts a stand-in
-//! for `>` in its path. Changes bytes, never their number, and nothing but targets.
+//! Follows the requests on a connection as far as to know where a request target begins and ends, and finds what has
+//! to be percent-encoded there. Touches nothing but targets.
 
-/// Stands for `>`: the `http` crate lets it through, and no subject has it.
-const STAND_IN: u8 = b'}';
-/// Stands for the stand-in, where a client sends that. Not restored: no subject has either.
-const STAND_IN_FOR_STAND_IN: u8 = b'{';
 /// The part of a header line that is looked at: enough for any length or coding.
 const LINE_BYTES: usize = 64;
-
-/// The path with its `>` back. Percent-encoded characters are left as they are.
-pub fn restore_path(path: &str) -> String {
-    path.replace(STAND_IN as char, ">")
-}
 
 /// Where on the connection we are.
 pub(super) struct Target {
@@ -23,8 +14,8 @@ pub(super) struct Target {
 #[derive(Clone, Copy)]
 enum Place {
     Method,
-    Path,
-    RestOfRequestLine,
+    Target,
+    Version,
     Header,
     /// So many bytes of a body of known length are to come.
     Bytes(u64),
@@ -48,19 +39,26 @@ impl Target {
         Target { place: Place::Method, line: vec![], body: Body::None }
     }
 
-    /// Passes over bytes that have arrived, in whatever pieces.
-    pub(super) fn follow(&mut self, mut bytes: &mut [u8]) {
-        while !bytes.is_empty() {
-            let passed = match self.place {
-                Place::Lost => return,
-                Place::Bytes(rest) | Place::Chunk(rest) => self.skip(rest, bytes.len()),
+    /// Passes over bytes that have arrived, in whatever pieces. Returns the places of those that are to be encoded;
+    /// most often there are none.
+    pub(super) fn follow(&mut self, bytes: &[u8]) -> Vec<usize> {
+        let mut to_encode = vec![];
+        let mut at = 0;
+        while at < bytes.len() {
+            at += match self.place {
+                Place::Lost => break,
+                Place::Bytes(rest) | Place::Chunk(rest) => self.skip(rest, bytes.len() - at),
+                Place::Target if must_be_encoded(bytes[at]) => {
+                    to_encode.push(at);
+                    1
+                }
                 _ => {
-                    self.step(&mut bytes[0]);
+                    self.step(bytes[at]);
                     1
                 }
             };
-            bytes = &mut bytes[passed..];
         }
+        to_encode
     }
 
     fn skip(&mut self, rest: u64, available: usize) -> usize {
@@ -75,13 +73,11 @@ impl Target {
         passed as usize
     }
 
-    fn step(&mut self, byte: &mut u8) {
-        match (self.place, *byte) {
-            (Place::Method, b' ') => self.place = Place::Path,
-            (Place::Path, b'?') | (Place::Path, b' ') => self.place = Place::RestOfRequestLine,
-            (Place::Path, b'>') => *byte = STAND_IN,
-            (Place::Path, STAND_IN) => *byte = STAND_IN_FOR_STAND_IN,
-            (Place::Path | Place::RestOfRequestLine, b'\n') => {
+    fn step(&mut self, byte: u8) {
+        match (self.place, byte) {
+            (Place::Method, b' ') => self.place = Place::Target,
+            (Place::Target, b' ') => self.place = Place::Version,
+            (Place::Target | Place::Version, b'\n') => {
                 self.body = Body::None;
                 self.line.clear();
                 self.place = Place::Header;
@@ -130,6 +126,12 @@ impl Target {
     }
 }
 
+/// Characters that RFC 3986 does not allow in a path or query, and clients send nevertheless. What is no character at
+/// all is left to be refused.
+fn must_be_encoded(byte: u8) -> bool {
+    !byte.is_ascii() || b"<>\"`{}|\\^".contains(&byte)
+}
+
 fn chunk_size(line: &[u8]) -> Option<u64> {
     let digits = line.split(|byte| *byte == b';').next()?.trim_ascii();
     u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
@@ -142,28 +144,36 @@ mod tests {
 
     fn followed(pieces: &[&[u8]]) -> String {
         let mut target = Target::new();
-        let mut out = vec![];
+        let mut out = String::new();
         for piece in pieces {
-            let mut piece = piece.to_vec();
-            target.follow(&mut piece);
-            out.extend(piece);
+            let to_encode = target.follow(piece);
+            for (at, byte) in piece.iter().enumerate() {
+                match to_encode.contains(&at) {
+                    true => out += &format!("%{byte:02X}"),
+                    false => out.push(*byte as char),
+                }
+            }
         }
-        String::from_utf8(out).unwrap()
+        out
     }
 
     const REQUESTS: &str = "GET /events/a.> HTTP/1.1\r\nX: >}\r\n\r\n\
         POST /events/> HTTP/1.1\r\nContent-Length: 17\r\n\r\nGET /> HTTP/1.1\r\n\
         POST /events/}>?a=> HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n7;x\r\nGET />\n\r\n0\r\nT: >\r\n\r\n\
         GET /a> HTTP/1.0\n\n";
-    const FOLLOWED: &str = "GET /events/a.} HTTP/1.1\r\nX: >}\r\n\r\n\
-        POST /events/} HTTP/1.1\r\nContent-Length: 17\r\n\r\nGET /> HTTP/1.1\r\n\
-        POST /events/{}?a=> HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n7;x\r\nGET />\n\r\n0\r\nT: >\r\n\r\n\
-        GET /a} HTTP/1.0\n\n";
+    const FOLLOWED: &str = "GET /events/a.%3E HTTP/1.1\r\nX: >}\r\n\r\n\
+        POST /events/%3E HTTP/1.1\r\nContent-Length: 17\r\n\r\nGET /> HTTP/1.1\r\n\
+        POST /events/%7D%3E?a=%3E HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n7;x\r\nGET />\n\r\n0\r\nT: >\r\n\r\n\
+        GET /a%3E HTTP/1.0\n\n";
 
     #[test]
-    fn only_paths_are_touched() {
+    fn only_targets_are_touched() {
         assert_eq!(followed(&[REQUESTS.as_bytes()]), FOLLOWED);
-        assert_eq!(restore_path("/events/a.}"), "/events/a.>");
+    }
+
+    #[test]
+    fn characters_beyond_ascii_are_encoded_as_utf_8() {
+        assert_eq!(followed(&["GET /é HTTP/1.1\r\n".as_bytes()]), "GET /%C3%A9 HTTP/1.1\r\n");
     }
 
     proptest! {
@@ -177,11 +187,8 @@ mod tests {
         }
 
         #[test]
-        fn bytes_are_never_added_or_lost(bytes: Vec<u8>) {
-            let mut followed = bytes.clone();
-            Target::new().follow(&mut followed);
-            let same = bytes.iter().zip(&followed).all(|(a, b)| a == b || b">}".contains(a));
-            prop_assert!(same && bytes.len() == followed.len());
+        fn nothing_panics(bytes: Vec<u8>) {
+            Target::new().follow(&bytes);
         }
     }
 }

@@ -1,0 +1,263 @@
+//! Requests to the stream's leader, whose word is final: what the stream is, what it holds, what comes next. Raw JSON,
+//! so that settings that this gateway does not know survive when it mends others.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_nats::{Client, HeaderMap, StatusCode, connection::State};
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::{inbox::Inbox, message::Stored, rounds::Rounds};
+use crate::{
+    broker::{Bounds, BrokerError},
+    event::Epoch,
+};
+
+/// JetStream's own numbers for its errors (`err_code`).
+pub(super) mod code {
+    pub const TEMPORARILY_UNAVAILABLE: u64 = 10008;
+    pub const NO_MESSAGE: u64 = 10037;
+    pub const NOT_ENABLED_FOR_ACCOUNT: u64 = 10039;
+    pub const INSUFFICIENT_STORAGE: u64 = 10047;
+    pub const STREAM_NAME_IN_USE: u64 = 10058;
+    pub const STREAM_NOT_FOUND: u64 = 10059;
+    pub const WRONG_LAST_SEQUENCE: u64 = 10071;
+    pub const NOT_ENABLED: u64 = 10076;
+    pub const DUPLICATE_IN_PROCESS: u64 = 10158;
+    pub const WRONG_LAST_SEQUENCE_IN_PROCESS: u64 = 10164;
+}
+
+/// Why a request to JetStream brought no answer of the kind that was asked for.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(super) enum RequestError {
+    #[error("not connected")]
+    NotConnected,
+    #[error("nothing answers there: JetStream is off, or the stream has no leader")]
+    NoResponders,
+    #[error("no answer in {0:?}: overloaded, or the user lacks the permission")]
+    Silent(Duration),
+    #[error("{} ({})", .0.description, .0.err_code)]
+    Refused(Refusal),
+    #[error("garbled: {0}")]
+    Garbled(String),
+}
+
+/// An error as JetStream words it.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Refusal {
+    #[serde(default)]
+    pub err_code: u64,
+    #[serde(default)]
+    pub description: String,
+}
+
+impl From<RequestError> for BrokerError {
+    fn from(error: RequestError) -> BrokerError {
+        match error {
+            RequestError::Garbled(what) => BrokerError::Protocol(what),
+            other => BrokerError::Unavailable(other.to_string()),
+        }
+    }
+}
+
+/// What the stream's leader says of the stream.
+#[derive(Debug)]
+pub(super) struct Info {
+    pub bounds: Bounds,
+    pub config: Value,
+}
+
+/// Requests on one connection, with their replies in one inbox.
+pub(super) struct Requests {
+    pub client: Client,
+    inbox: Inbox,
+    pub timeout: Duration,
+}
+
+impl Requests {
+    pub async fn new(client: Client, timeout: Duration) -> Result<Requests, RequestError> {
+        let inbox = Inbox::open(&client).await.map_err(|error| RequestError::Garbled(error.to_string()))?;
+        Ok(Requests { client, inbox, timeout })
+    }
+
+    pub fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    /// One JetStream API request, answered by JSON.
+    pub async fn ask(&self, subject: String, body: Value) -> Result<Value, RequestError> {
+        // Not connected: async-nats would keep the request and send it when nobody wants the answer any more.
+        if self.client.connection_state() != State::Connected {
+            return Err(RequestError::NotConnected);
+        }
+        let body = if body.is_null() { Bytes::new() } else { body.to_string().into() };
+        let mut reply = self.inbox.expect();
+        let sent = self.client.publish_with_reply_and_headers(subject, reply.subject.clone(), HeaderMap::new(), body);
+        let sent = tokio::time::timeout(self.timeout, sent).await.map_err(|_| RequestError::NotConnected)?;
+        sent.map_err(|error| RequestError::Garbled(error.to_string()))?;
+        let message = reply.within(self.timeout).await.ok_or(RequestError::Silent(self.timeout))?;
+        if message.status == Some(StatusCode::NO_RESPONDERS) {
+            return Err(RequestError::NoResponders);
+        }
+        let mut answer: Value =
+            serde_json::from_slice(&message.payload).map_err(|error| RequestError::Garbled(error.to_string()))?;
+        match answer.get_mut("error").map(Value::take) {
+            None | Some(Value::Null) => Ok(answer),
+            Some(error) => Err(serde_json::from_value(error)
+                .map_or_else(|error| RequestError::Garbled(error.to_string()), RequestError::Refused)),
+        }
+    }
+}
+
+/// The stream's leader. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Leader(Arc<Shared>);
+
+struct Shared {
+    requests: Arc<Requests>,
+    stream: String,
+    info: Rounds<Result<Arc<Info>, RequestError>>,
+    known: Arc<Known>,
+}
+
+/// What the last answer said, kept by whoever asks next.
+pub(super) struct Known {
+    epoch: Mutex<Epoch>,
+    /// Why the last question about the stream failed, if it did.
+    trouble: Mutex<Option<String>>,
+    pub doubts: watch::Sender<u64>,
+}
+
+impl Known {
+    /// Says that live hints may have been lost.
+    pub fn doubt(&self) {
+        self.doubts.send_modify(|count| *count += 1);
+    }
+
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn learn(&self, answer: &Result<Arc<Info>, RequestError>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) =
+            answer.as_ref().err().map(|error| error.to_string());
+        if let Ok(info) = answer {
+            let mut epoch = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
+            if std::mem::replace(&mut *epoch, info.bounds.epoch) != info.bounds.epoch {
+                tracing::warn!(epoch = %info.bounds.epoch, "the stream was made anew");
+                drop(epoch);
+                self.doubt();
+            }
+        }
+    }
+}
+
+impl Leader {
+    /// Of a stream that is known to be there, in this state.
+    pub fn new(requests: Arc<Requests>, stream: String, info: &Info) -> Leader {
+        let known = Arc::new(Known {
+            epoch: Mutex::new(info.bounds.epoch),
+            trouble: Mutex::new(None),
+            doubts: watch::Sender::new(0),
+        });
+        let rounds = Rounds::start({
+            let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
+            move || {
+                let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
+                async move {
+                    let answer = info_of(&requests, &stream).await.map(Arc::new);
+                    known.learn(&answer);
+                    answer
+                }
+            }
+        });
+        Leader(Arc::new(Shared { requests, stream, info: rounds, known }))
+    }
+
+    /// The stream as it is now: asked after this call began, though perhaps together with others.
+    ///
+    /// Requests of one connection are handled in order. So this is also the round trip that proves that the server has
+    /// seen all that was sent before.
+    pub async fn info(&self) -> Result<Arc<Info>, RequestError> {
+        self.0.info.join().await.unwrap_or(Err(RequestError::NotConnected))
+    }
+
+    /// The stored message that `query` finds, if there is one.
+    pub async fn get(&self, query: Value) -> Result<Option<Stored>, RequestError> {
+        let subject = format!("$JS.API.STREAM.MSG.GET.{}", self.0.stream);
+        match self.0.requests.ask(subject, query).await {
+            Ok(mut answer) => serde_json::from_value(answer["message"].take())
+                .map(Some)
+                .map_err(|error| RequestError::Garbled(format!("a stored message: {error}"))),
+            Err(RequestError::Refused(refusal)) if refusal.err_code == code::NO_MESSAGE => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The first stored message on `filter` at `sequence` or after.
+    pub async fn next(&self, sequence: u64, filter: &str) -> Result<Option<Stored>, RequestError> {
+        self.get(json!({ "seq": sequence, "next_by_subj": filter })).await
+    }
+
+    /// The incarnation of the stream that the last answer told of.
+    pub fn epoch(&self) -> Epoch {
+        *self.0.known.epoch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn known(&self) -> &Arc<Known> {
+        &self.0.known
+    }
+
+    pub fn requests(&self) -> &Arc<Requests> {
+        &self.0.requests
+    }
+}
+
+/// Asks once, alone.
+pub(super) async fn info_of(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
+    let mut answer = requests.ask(format!("$JS.API.STREAM.INFO.{stream}"), Value::Null).await?;
+    let config = answer["config"].take();
+    Ok(Info { bounds: bounds(answer)?, config })
+}
+
+fn bounds(answer: Value) -> Result<Bounds, RequestError> {
+    #[derive(Deserialize)]
+    struct Answer {
+        created: String,
+        state: State,
+    }
+    #[derive(Deserialize)]
+    struct State {
+        messages: u64,
+        first_seq: u64,
+        last_seq: u64,
+    }
+    let Answer { created, state } = serde_json::from_value(answer)
+        .map_err(|error| RequestError::Garbled(format!("the stream's state: {error}")))?;
+    let created: Timestamp =
+        created.parse().map_err(|error| RequestError::Garbled(format!("the stream's time of creation: {error}")))?;
+    let seed = created.as_nanosecond() as u64;
+    let first = if state.messages == 0 { state.last_seq.saturating_add(1) } else { state.first_seq.max(1) };
+    Ok(Bounds { epoch: Epoch::from_seed(seed), first, last: state.last_seq })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_keeps_nothing_begins_after_its_last() {
+        for (messages, first_seq, last_seq, first) in [(0, 0, 0, 1), (0, 8, 7, 8), (0, 1, 7, 8), (2, 6, 7, 6)] {
+            let state = json!({ "messages": messages, "first_seq": first_seq, "last_seq": last_seq });
+            let answer = json!({ "created": "2026-01-02T03:04:05.000000001Z", "state": state });
+            let bounds = bounds(answer).unwrap();
+            assert_eq!((bounds.first, bounds.last), (first, last_seq));
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Events kept by NATS JetStream: any number of gateways on one stream. The only module that knows async-nats.
+//!
+//! | module | is about |
+//! |---|---|
+//! | [`start`] | connections, the server's and the stream's fitness |
+//! | [`stream`] | the stream's definition, and what breaks a promise |
+//! | [`leader`] | requests whose answer is final, by the stream's leader |
+//! | [`read`] | history: batches by any replica, proven by the leader |
+//! | [`publish`] | storing, and the meaning of the answer |
+//! | [`live`] | hints of what was just stored, and doubts about them |
+//! | [`message`] | messages as events |
+//!
+//! Two connections: one for history, whose answers hold up whatever else travels there, and one for all the rest.
+
+mod batch;
+mod inbox;
+mod leader;
+mod live;
+mod message;
+mod publish;
+mod read;
+mod rounds;
+mod start;
+mod stream;
+
+use std::sync::Arc;
+
+use async_nats::connection::State;
+use async_trait::async_trait;
+use tokio::{
+    sync::{mpsc, watch},
+    task::AbortHandle,
+};
+
+use self::{
+    batch::Batches,
+    leader::{Leader, Requests},
+    publish::Publisher,
+    read::History,
+    start::Entrance,
+};
+use super::{
+    Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Page, Publication, PublishError, Read,
+};
+use crate::{
+    config,
+    subject::{Filter, Subject},
+};
+
+pub use self::{
+    start::{HEADER_BYTES, OLDEST, StartError},
+    stream::Misfit,
+};
+
+/// Incidents that wait to be looked at; more of the same say nothing more.
+const INCIDENTS_MAX: usize = 64;
+
+/// A JetStream stream, as one gateway sees it. Its connections and tasks end when it is dropped.
+pub struct Nats {
+    leader: Leader,
+    history: History,
+    publisher: Publisher,
+    settings: config::Nats,
+    description: String,
+    watch: AbortHandle,
+}
+
+impl Nats {
+    /// Connects, makes or checks the stream, and begins to watch over it.
+    ///
+    /// # Errors
+    /// When anything is in the way of the gateway's promises. After this, nothing that NATS does ends a gateway.
+    pub async fn connect(
+        settings: &config::Nats,
+        history: &config::History,
+        event_bytes: usize,
+    ) -> Result<Nats, StartError> {
+        let entrance = Entrance::parse(settings)?;
+        let names = &settings.stream;
+        let (report, incidents) = mpsc::channel(INCIDENTS_MAX);
+        let client = entrance.open("publish and live", None, Some(report)).await?;
+        entrance.check_server(&client, event_bytes)?;
+        let silent =
+            |error: leader::RequestError| StartError::Silent { subject: "an inbox".into(), why: error.to_string() };
+        let requests = Arc::new(Requests::new(client.clone(), settings.request_timeout).await.map_err(silent)?);
+        let info = entrance.stream(&requests, names, event_bytes).await?;
+        // A whole answer must fit: an overflow would break it off each time.
+        let answer = history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8);
+        let page = entrance.open("history", Some(answer), None).await?;
+
+        let leader = Leader::new(requests, names.name.clone(), &info);
+        let advisories = client
+            .subscribe(format!("$JS.EVENT.ADVISORY.STREAM.*.{}", names.name))
+            .await
+            .map_err(|error| StartError::Unreachable { at: entrance.at.clone(), why: error.to_string() })?;
+        let watch = tokio::spawn(live::watch(leader.clone(), incidents, advisories)).abort_handle();
+        Ok(Nats {
+            history: History {
+                batches: Batches {
+                    client: page,
+                    stream: names.name.clone(),
+                    prefix: names.prefix.clone(),
+                    timeout: settings.request_timeout,
+                },
+                leader: leader.clone(),
+                page_events: history.page_events,
+                page_bytes: history.page_bytes,
+            },
+            publisher: Publisher {
+                leader: leader.clone(),
+                stream: names.name.clone(),
+                prefix: names.prefix.clone(),
+                timeout: settings.publish_timeout,
+            },
+            description: describe(&client.server_info().version, &entrance.at, &names.name, &info),
+            settings: settings.clone(),
+            leader,
+            watch,
+        })
+    }
+}
+
+fn describe(version: &str, at: &str, stream: &str, info: &leader::Info) -> String {
+    let storage = info.config["storage"].as_str().unwrap_or("file");
+    let replicas = match info.config["num_replicas"].as_u64().unwrap_or(1) {
+        1 => "1 replica".to_owned(),
+        number => format!("{number} replicas"),
+    };
+    format!("NATS {version} at {at}, stream {stream} ({storage}, {replicas})")
+}
+
+#[async_trait]
+impl Broker for Nats {
+    async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
+        self.publisher.publish(publication).await
+    }
+
+    async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
+        let names = &self.settings.stream;
+        live::subscribe(&self.leader, filter, &names.live_prefix, &names.name, &names.prefix).await
+    }
+
+    async fn read(&self, read: Read) -> Result<Page, BrokerError> {
+        self.history.read(&read).await
+    }
+
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
+        self.history.last(subjects).await
+    }
+
+    async fn bounds(&self) -> Result<Bounds, BrokerError> {
+        Ok(self.leader.info().await?.bounds)
+    }
+
+    fn doubts(&self) -> watch::Receiver<u64> {
+        self.leader.known().doubts.subscribe()
+    }
+
+    fn health(&self) -> Health {
+        let connections = [&self.leader.requests().client, &self.history.batches.client];
+        if connections.iter().any(|client| client.connection_state() != State::Connected) {
+            return Health::Away("not connected to NATS".into());
+        }
+        match self.leader.known().trouble() {
+            Some(trouble) => Health::Away(format!("stream {}: {trouble}", self.settings.stream.name)),
+            None => Health::Ready,
+        }
+    }
+
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+}
+
+impl Drop for Nats {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}

@@ -1,0 +1,202 @@
+//! Publishing into the stream, and what its answer means. An outcome is called certain only when it is.
+
+use async_nats::{HeaderMap, StatusCode, client::PublishErrorKind, connection::State};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::{
+    leader::{Leader, Refusal, code},
+    message::{MESSAGE_ID, TTL, TYPE},
+};
+use crate::{
+    broker::{Acknowledgement, Condition, Publication, PublishError, Published},
+    event::EventId,
+    subject::Subject,
+};
+
+pub(super) struct Publisher {
+    pub leader: Leader,
+    pub stream: String,
+    pub prefix: String,
+    pub timeout: std::time::Duration,
+}
+
+/// What it takes to recognise one's own first try.
+struct Retry {
+    leader: Leader,
+    subject: String,
+    message_id: String,
+    /// The sequence that the condition named; 0 for none yet.
+    after: u64,
+}
+
+impl Publisher {
+    /// On cancellation nothing has been handed over, or all of it.
+    pub async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
+        let requests = self.leader.requests().clone();
+        // Not connected: async-nats would keep the event and send it after we have said that it was not stored.
+        if requests.client.connection_state() != State::Connected {
+            return Err(PublishError::Unavailable);
+        }
+        let after = match publication.condition {
+            None => None,
+            Some(Condition::NoneYet) => Some(0),
+            Some(Condition::LastIs(id)) => Some(self.sequence_of(id).await?),
+        };
+        let subject = format!("{}{}", self.prefix, publication.subject);
+        let message_id = message_id(&publication.subject, publication.key.as_deref());
+
+        let mut headers = HeaderMap::new();
+        headers.insert(MESSAGE_ID, message_id.as_str());
+        headers.insert("Nats-Expected-Stream", self.stream.as_str());
+        if let Some(kind) = &publication.kind {
+            headers.insert(TYPE, kind.as_str());
+        }
+        if let Some(ttl) = publication.ttl {
+            headers.insert(TTL, ttl.as_secs().max(1).to_string());
+        }
+        if let Some(sequence) = after {
+            headers.insert("Nats-Expected-Last-Subject-Sequence", sequence.to_string());
+        }
+
+        let mut reply = requests.inbox().expect();
+        let sent = requests.client.publish_with_reply_and_headers(
+            subject.clone(),
+            reply.subject.clone(),
+            headers,
+            publication.payload,
+        );
+        match tokio::time::timeout(self.timeout, sent).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                return Err(match error.kind() {
+                    PublishErrorKind::Send => PublishError::Unavailable,
+                    PublishErrorKind::MaxPayloadExceeded | PublishErrorKind::InvalidSubject => {
+                        PublishError::Refused(error.to_string())
+                    }
+                });
+            }
+            // Its queue stayed full: the event never got into it.
+            Err(_elapsed) => return Err(PublishError::Unavailable),
+        }
+
+        let (leader, timeout) = (self.leader.clone(), self.timeout);
+        let own = publication.key.and(after);
+        let retry = own.map(|after| Retry { leader: leader.clone(), subject, message_id, after });
+        Ok(Box::pin(async move {
+            // The connection may have broken with the event in async-nats' queue, which is sent on the next connection:
+            // a time-out says nothing of the outcome.
+            let message = reply.within(timeout).await.ok_or(PublishError::OutcomeUnknown)?;
+            if message.status == Some(StatusCode::NO_RESPONDERS) {
+                return Err(PublishError::Unavailable);
+            }
+            match verdict(&message.payload) {
+                Verdict::Stored { sequence, duplicate } => {
+                    Ok(Published { id: EventId { epoch: leader.epoch(), sequence }, duplicate })
+                }
+                Verdict::ConditionFailed { settled } => match retry {
+                    Some(retry) => retry.own_first_try(settled).await,
+                    None => Err(PublishError::ConditionFailed),
+                },
+                Verdict::Failed(error) => Err(error),
+            }
+        }))
+    }
+
+    /// The sequence of `id`, if it is of this incarnation of the stream; else no event of ours can be the last.
+    async fn sequence_of(&self, id: EventId) -> Result<u64, PublishError> {
+        if id.epoch != self.leader.epoch() {
+            // Perhaps it is us who have not heard of a new incarnation yet.
+            let info = self.leader.info().await.map_err(|_| PublishError::Unavailable)?;
+            if id.epoch != info.bounds.epoch {
+                return Err(PublishError::ConditionFailed);
+            }
+        }
+        Ok(id.sequence)
+    }
+}
+
+impl Retry {
+    /// Whether the condition failed because of our own first try, which is then the event right after the one that the
+    /// condition named. Servers differ: up to 2.11 a known message id is answered as a duplicate before conditions are
+    /// looked at; later ones look at the conditions first.
+    async fn own_first_try(self, settled: bool) -> Result<Published, PublishError> {
+        match self.leader.next(self.after.saturating_add(1), &self.subject).await {
+            Ok(Some(stored)) if stored.header(MESSAGE_ID).is_some_and(|id| id == self.message_id) => {
+                let id = EventId { epoch: self.leader.epoch(), sequence: stored.sequence };
+                Ok(Published { id, duplicate: true })
+            }
+            Ok(_) if settled => Err(PublishError::ConditionFailed),
+            Ok(_) | Err(_) => Err(PublishError::OutcomeUnknown),
+        }
+    }
+}
+
+/// JetStream removes duplicates across the whole stream; a key is meant for one subject. Hashed, because keys may hold
+/// anything.
+fn message_id(subject: &Subject, key: Option<&str>) -> String {
+    match key {
+        Some(key) => {
+            let digest = Sha256::new().chain_update(subject.as_str()).chain_update([0]).chain_update(key).finalize();
+            URL_SAFE_NO_PAD.encode(digest)
+        }
+        None => URL_SAFE_NO_PAD.encode(rand::random::<[u8; 16]>()),
+    }
+}
+
+enum Verdict {
+    Stored {
+        sequence: u64,
+        duplicate: bool,
+    },
+    /// Unsettled while what it collided with is itself on its way through the cluster: perhaps our own first try.
+    ConditionFailed {
+        settled: bool,
+    },
+    Failed(PublishError),
+}
+
+fn verdict(payload: &[u8]) -> Verdict {
+    #[derive(Deserialize)]
+    struct Answer {
+        error: Option<Refusal>,
+        #[serde(default, rename = "seq")]
+        sequence: u64,
+        #[serde(default)]
+        duplicate: bool,
+    }
+    let failed = Verdict::Failed;
+    match serde_json::from_slice(payload) {
+        Ok(Answer { error: None, sequence, duplicate }) if sequence > 0 => Verdict::Stored { sequence, duplicate },
+        Ok(Answer { error: Some(refusal), .. }) => match refusal.err_code {
+            code::WRONG_LAST_SEQUENCE => Verdict::ConditionFailed { settled: true },
+            code::WRONG_LAST_SEQUENCE_IN_PROCESS => Verdict::ConditionFailed { settled: false },
+            // The first try is on its way through the cluster.
+            code::DUPLICATE_IN_PROCESS => failed(PublishError::OutcomeUnknown),
+            code::TEMPORARILY_UNAVAILABLE | code::STREAM_NOT_FOUND => failed(PublishError::Unavailable),
+            _ => failed(PublishError::Refused(refusal.description)),
+        },
+        Ok(Answer { error: None, .. }) | Err(_) => failed(PublishError::OutcomeUnknown),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_key_on_another_subject_is_another_message() {
+        let [a, b] = ["a", "b"].map(|subject| Subject::parse(subject).unwrap());
+        assert_eq!(message_id(&a, Some("k")), message_id(&a, Some("k")));
+        assert_ne!(message_id(&a, Some("k")), message_id(&b, Some("k")));
+        assert_ne!(message_id(&a, None), message_id(&a, None));
+    }
+
+    #[test]
+    fn an_answer_that_makes_no_sense_settles_nothing() {
+        for payload in ["", "{", "{}", "[]", r#"{"seq":0}"#, r#"{"seq":-1}"#] {
+            assert!(matches!(verdict(payload.as_bytes()), Verdict::Failed(PublishError::OutcomeUnknown)), "{payload}");
+        }
+    }
+}

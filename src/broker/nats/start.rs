@@ -1,0 +1,294 @@
+//! The way to a stream that keeps our promises, or one line that says what is in the way and how to clear it.
+
+use std::{path::PathBuf, time::Duration};
+
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
+use percent_encoding::percent_decode_str;
+use serde_json::json;
+use tokio::sync::mpsc;
+
+use super::{
+    leader::{self, Info, RequestError, Requests, code},
+    live::Incident,
+    stream::{self, Misfit},
+};
+use crate::config;
+
+/// The oldest server that has all that is used here: batches, last messages of many subjects, a time to live.
+pub const OLDEST: (u64, u64) = (2, 11);
+/// The headers that a message may have besides its payload.
+pub const HEADER_BYTES: usize = 4096;
+/// Every reply subject begins so; a user needs the permission to subscribe to no other inbox.
+const INBOX: &str = "_INBOX_tidegate";
+/// A server that does not answer two of these is given up for another: a frozen one is noticed within 15 seconds.
+const PING: Duration = Duration::from_secs(5);
+/// Messages that one subscription holds while its reader is busy. Feeds read at once: what overflows is read again.
+const SUBSCRIPTION_MESSAGES: usize = 16_384;
+
+/// Why the gateway can't begin.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("nats.url: {0:?} is no address of a NATS server: write nats://host:4222")]
+    Address(String),
+    #[error("nats.credentials: {} can't be used ({why}): name a file made by nsc or nats", .path.display())]
+    Credentials { path: PathBuf, why: String },
+    #[error("NATS at {at} can't be reached ({why}): start it, or mend nats.url")]
+    Unreachable { at: String, why: String },
+    #[error("NATS at {at} refused the user: mend user:password@ in nats.url, or nats.credentials")]
+    Denied { at: String },
+    #[error(
+        "NATS at {at} is {version}, but {}.{} or later is needed: update nats-server", OLDEST.0, OLDEST.1
+    )]
+    TooOld { at: String, version: String },
+    #[error("NATS at {at} takes {found} bytes a message, but limits.event_bytes needs {wanted}: raise its max_payload")]
+    Payload { at: String, found: usize, wanted: usize },
+    #[error("NATS at {at} has no JetStream (for this user's account): start it with `-js`, or enable it there")]
+    NoJetStream { at: String },
+    #[error(
+        "there is no stream {stream}: make it (nats stream add --config nats/stream.json), or set nats.stream.manage"
+    )]
+    NoStream { stream: String },
+    #[error("the stream {stream} does not fit: {misfit}; {mend}")]
+    Misfit { stream: String, misfit: Box<Misfit>, mend: &'static str },
+    #[error("the stream {stream} could not be {attempt}: {why}; {mend}")]
+    Refused { stream: String, attempt: &'static str, why: String, mend: &'static str },
+    #[error(
+        "JetStream did not answer on {subject} ({why}): give the user that permission (nats/nats-server.conf has all)"
+    )]
+    Silent { subject: String, why: String },
+}
+
+/// Servers and how to enter them.
+pub(super) struct Entrance {
+    servers: Vec<ServerAddr>,
+    user: Option<(String, String)>,
+    token: Option<String>,
+    credentials: Option<PathBuf>,
+    timeout: Duration,
+    /// The servers without user and password.
+    pub at: String,
+}
+
+impl Entrance {
+    pub fn parse(settings: &config::Nats) -> Result<Entrance, StartError> {
+        let mut servers = vec![];
+        let (mut user, mut token) = (None, None);
+        for text in settings.url.split(',').map(str::trim) {
+            let server: ServerAddr = text.parse().map_err(|_| StartError::Address(without_user(text)))?;
+            if server.host().is_empty() || !matches!(server.scheme(), "nats" | "tls") {
+                return Err(StartError::Address(without_user(text)));
+            }
+            let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+            match (server.username(), server.password()) {
+                (Some(name), Some(password)) => user = user.or(Some((decoded(name), decoded(password)))),
+                (Some(name), None) => token = token.or(Some(decoded(name))),
+                (None, _) => {}
+            }
+            servers.push(server);
+        }
+        let at = servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect::<Vec<_>>();
+        Ok(Entrance {
+            servers,
+            user,
+            token,
+            credentials: (!settings.credentials.as_os_str().is_empty()).then(|| settings.credentials.clone()),
+            timeout: settings.request_timeout,
+            at: at.join(","),
+        })
+    }
+
+    /// Opens one connection, named for what it is used for, which then reconnects by itself for ever.
+    pub async fn open(
+        &self,
+        purpose: &str,
+        subscription_messages: Option<usize>,
+        incidents: Option<mpsc::Sender<Incident>>,
+    ) -> Result<Client, StartError> {
+        let mut options = ConnectOptions::new()
+            .name(format!("tidegate {purpose}"))
+            .custom_inbox_prefix(INBOX)
+            .connection_timeout(self.timeout)
+            .ping_interval(PING)
+            .subscription_capacity(subscription_messages.unwrap_or(SUBSCRIPTION_MESSAGES))
+            .event_callback(move |event| {
+                let incident = match event {
+                    Event::Connected | Event::Disconnected => Some(Incident::Connection),
+                    Event::SlowConsumer(_) => Some(Incident::Overflow),
+                    Event::LameDuckMode | Event::Draining | Event::Closed => None,
+                    Event::ServerError(_) | Event::ClientError(_) => None,
+                };
+                // Full: enough of them wait already.
+                if let (Some(incidents), Some(incident)) = (&incidents, incident) {
+                    let _ = incidents.try_send(incident);
+                }
+                std::future::ready(())
+            });
+        if let Some((user, password)) = &self.user {
+            options = options.user_and_password(user.clone(), password.clone());
+        }
+        if let Some(token) = &self.token {
+            options = options.token(token.clone());
+        }
+        if let Some(path) = &self.credentials {
+            options = options
+                .credentials_file(path)
+                .await
+                .map_err(|error| StartError::Credentials { path: path.clone(), why: error.to_string() })?;
+        }
+        options.connect(self.servers.as_slice()).await.map_err(|error| match error.kind() {
+            ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
+                StartError::Denied { at: self.at.clone() }
+            }
+            kind => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                StartError::Unreachable { at: self.at.clone(), why: cause.unwrap_or_else(|| kind.to_string()) }
+            }
+        })
+    }
+
+    /// Whether the server can do what is needed of it.
+    pub fn check_server(&self, client: &Client, event_bytes: usize) -> Result<(), StartError> {
+        let server = client.server_info();
+        let at = self.at.clone();
+        if version(&server.version).is_none_or(|version| version < OLDEST) {
+            return Err(StartError::TooOld { at, version: server.version });
+        }
+        let wanted = event_bytes.saturating_add(HEADER_BYTES);
+        if server.max_payload < wanted {
+            return Err(StartError::Payload { at, found: server.max_payload, wanted });
+        }
+        Ok(())
+    }
+
+    /// The stream, made or mended if that is wanted and needed.
+    pub async fn stream(
+        &self,
+        requests: &Requests,
+        settings: &config::NatsStream,
+        event_bytes: usize,
+    ) -> Result<Info, StartError> {
+        let name = &settings.name;
+        let mut info = match leader::info_of(requests, name).await {
+            Ok(info) => info,
+            Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NOT_FOUND => {
+                if !settings.manage {
+                    return Err(StartError::NoStream { stream: name.clone() });
+                }
+                self.change(requests, settings, "made", stream::definition(settings)).await?
+            }
+            Err(error) => return Err(self.unanswered(error, format!("$JS.API.STREAM.INFO.{name}"))),
+        };
+        let message_bytes = event_bytes.saturating_add(HEADER_BYTES);
+        let misfits = stream::misfits(&info.config, settings, message_bytes);
+        if misfits.is_empty() {
+            return Ok(info);
+        }
+        let misfit =
+            |misfit: &Misfit, mend| StartError::Misfit { stream: name.clone(), misfit: Box::new(misfit.clone()), mend };
+        if !settings.manage {
+            let mend = "change it (nats stream edit), or set nats.stream.manage";
+            return Err(misfit(&misfits[0], mend));
+        }
+        let by_hand = "nothing was changed: change it (nats stream edit), or name another stream in nats.stream.name";
+        let config = stream::mended(info.config, &misfits).map_err(|found| misfit(&found, by_hand))?;
+        info = self.change(requests, settings, "mended", config).await?;
+        match stream::misfits(&info.config, settings, message_bytes).first() {
+            None => Ok(info),
+            Some(found) => Err(misfit(found, by_hand)),
+        }
+    }
+
+    /// Makes or updates the stream.
+    async fn change(
+        &self,
+        requests: &Requests,
+        settings: &config::NatsStream,
+        attempt: &'static str,
+        config: serde_json::Value,
+    ) -> Result<Info, StartError> {
+        let name = &settings.name;
+        let verb = if attempt == "made" { "CREATE" } else { "UPDATE" };
+        let subject = format!("$JS.API.STREAM.{verb}.{name}");
+        match requests.ask(subject.clone(), json!(config)).await {
+            Ok(_) => tracing::info!(stream = %name, "the stream was {attempt}"),
+            // Another gateway was faster; what it made is looked at below.
+            Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NAME_IN_USE => {}
+            Err(RequestError::Refused(refusal)) => {
+                let mend = match refusal.err_code {
+                    code::INSUFFICIENT_STORAGE => {
+                        "it reserves its max_bytes: give JetStream more storage (max_file_store), or make the stream \
+                         yourself, smaller (nats stream add --config nats/stream.json --max-bytes 100MB)"
+                    }
+                    _ => "make or change it yourself (nats/stream.json has what is needed)",
+                };
+                return Err(StartError::Refused { stream: name.clone(), attempt, why: refusal.description, mend });
+            }
+            Err(error) => return Err(self.unanswered(error, subject)),
+        }
+        leader::info_of(requests, name)
+            .await
+            .map_err(|error| self.unanswered(error, format!("$JS.API.STREAM.INFO.{name}")))
+    }
+
+    fn unanswered(&self, error: RequestError, subject: String) -> StartError {
+        match error {
+            RequestError::NoResponders => StartError::NoJetStream { at: self.at.clone() },
+            RequestError::Refused(refusal)
+                if [code::NOT_ENABLED, code::NOT_ENABLED_FOR_ACCOUNT].contains(&refusal.err_code) =>
+            {
+                StartError::NoJetStream { at: self.at.clone() }
+            }
+            RequestError::NotConnected => {
+                StartError::Unreachable { at: self.at.clone(), why: "the connection broke".into() }
+            }
+            other => StartError::Silent { subject, why: other.to_string() },
+        }
+    }
+}
+
+/// The first two numbers of a version such as `2.11.0-RC.1`.
+fn version(text: &str) -> Option<(u64, u64)> {
+    let mut numbers = text.trim_start_matches('v').split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// An address for people, whatever is wrong with it: without what stands before the last `@`.
+fn without_user(address: &str) -> String {
+    address.rsplit_once('@').map_or(address, |(_, rest)| rest).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entrance(url: &str) -> Result<Entrance, StartError> {
+        let settings = config::Config::load(None, vec![("nats.url", url.into())]).unwrap().nats;
+        Entrance::parse(&settings)
+    }
+
+    #[test]
+    fn passwords_are_used_and_never_shown() {
+        let entrance = entrance("nats://gate%40way:p%3As%2Fs@one:4222, tls://two").unwrap();
+        assert_eq!(entrance.user, Some(("gate@way".into(), "p:s/s".into())));
+        assert_eq!(entrance.at, "one:4222,two:4222");
+    }
+
+    #[test]
+    fn what_is_no_address_is_named_without_its_password() {
+        for url in
+            ["nats://user:secret@", "http://user:secret@host", "nats://user:secret@host:99999", "user:secret@ho st"]
+        {
+            let error = entrance(url).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains("is no address") && !error.contains("secret"), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn versions_compare_as_numbers() {
+        for (text, fits) in
+            [("2.9.25", false), ("2.10.26", false), ("2.11.0-RC.1", true), ("3.0.0", true), ("x", false)]
+        {
+            assert_eq!(version(text).is_some_and(|version| version >= OLDEST), fits, "{text}");
+        }
+    }
+}

@@ -1,0 +1,511 @@
+//! What is particular to NATS: refusals at start, streams that change under a gateway, servers that go away.
+
+#[path = "support/nats.rs"]
+mod nats_server;
+
+use std::{
+    io::{Read as _, Write},
+    net::{TcpListener, TcpStream},
+    time::Duration,
+};
+
+use async_nats::{Client, HeaderMap};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use tidegate::{
+    broker::{Broker, Condition, From, Health, Hint, Hints, Publication, PublishError, Read, nats::Nats},
+    config::{self, History},
+    event::Event,
+    subject::{Filter, Subject},
+};
+use tokio::sync::watch;
+
+use nats_server::NatsServer;
+
+/// How long anything may take that is bound to happen.
+const PATIENCE: Duration = Duration::from_secs(10);
+const HISTORY: History = History { page_events: 100, page_bytes: 100_000, concurrency: 4 };
+const EVENT_BYTES: usize = 100_000;
+
+// At start.
+
+#[tokio::test]
+async fn a_server_that_is_too_old_is_refused() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let info =
+            r#"INFO {"server_id":"X","version":"2.10.26","max_payload":1048576,"headers":true,"jetstream":true}"#;
+        socket.write_all(format!("{info}\r\nPONG\r\n").as_bytes()).unwrap();
+        while socket.read(&mut [0; 1024]).is_ok_and(|bytes| bytes > 0) {}
+    });
+    let mut settings = config::Config::load(None, vec![]).unwrap().nats;
+    settings.url = format!("nats://{address}");
+
+    refused(&settings, &["2.10.26", "2.11 or later", "update nats-server"]).await;
+}
+
+#[tokio::test]
+async fn a_server_without_jetstream_is_refused() {
+    let server = NatsServer::configured("");
+    refused(&server.settings(), &["no JetStream", "-js"]).await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_refused() {
+    let mut server = NatsServer::start();
+    server.kill();
+    refused(&server.settings(), &["can't be reached", &server.address(), "nats.url"]).await;
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_refused_and_not_repeated() {
+    let server = NatsServer::with("authorization { user: gate, password: right }");
+    refused(&server.settings_as("gate:wrong-one@"), &["refused the user", "nats.credentials"]).await;
+    refused(&server.settings(), &["refused the user"]).await;
+
+    let broker = connect(&server.settings_as("gate:right@")).await;
+    assert!(!broker.describe().contains("right") && broker.describe().contains(&server.address()));
+}
+
+#[tokio::test]
+async fn credentials_that_are_not_there_are_refused() {
+    let server = NatsServer::start();
+    let mut settings = server.settings();
+    settings.credentials = "/no/such/file".into();
+    refused(&settings, &["nats.credentials", "/no/such/file"]).await;
+}
+
+#[tokio::test]
+async fn a_server_that_takes_no_whole_event_is_refused() {
+    let server = NatsServer::with("max_payload: 100000");
+    refused(&server.settings(), &["100000", "104096", "raise its max_payload"]).await;
+}
+
+#[tokio::test]
+async fn a_server_without_room_for_the_stream_is_refused() {
+    let server = NatsServer::configured("jetstream { store_dir: store, max_file_store: 100MB }");
+    refused(&server.settings(), &["could not be made", "max_bytes", "max_file_store"]).await;
+}
+
+#[tokio::test]
+async fn without_leave_to_manage_a_missing_stream_is_refused() {
+    let server = NatsServer::start();
+    let mut settings = server.settings();
+    settings.stream.manage = false;
+    refused(&settings, &["no stream EVENTS", "nats stream add", "nats.stream.manage"]).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_does_not_fit_is_named_or_mended() {
+    let server = NatsServer::start();
+    let operator = Operator::new(&server).await;
+    let own = json!({ "name": "EVENTS", "subjects": ["events.>"], "max_age": 3_600_000_000_000_i64, "max_msgs": 1000,
+        "description": "ours", "compression": "s2", "metadata": { "team": "orders" }, "allow_msg_ttl": true });
+    operator.ask("STREAM.CREATE.EVENTS", own.clone()).await;
+
+    let mut checking = server.settings();
+    checking.stream.manage = false;
+    refused(&checking, &["EVENTS does not fit", "allow_direct is false", "must be true", "nats stream edit"]).await;
+    connect(&server.settings()).await;
+
+    let mended = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+    for setting in ["max_age", "max_msgs", "description", "compression", "subjects"] {
+        assert_eq!(mended[setting], own[setting], "{setting}");
+    }
+    assert_eq!(mended["metadata"]["team"], "orders");
+    assert_eq!((&mended["allow_direct"], &mended["republish"]["dest"]), (&json!(true), &json!("live.events.>")));
+    connect(&checking).await;
+}
+
+#[tokio::test]
+async fn what_can_only_be_mended_by_its_owner_is_left_alone() {
+    let server = NatsServer::start();
+    let operator = Operator::new(&server).await;
+    let own = json!({ "name": "EVENTS", "subjects": ["events.>", "more.>"], "retention": "interest" });
+    operator.ask("STREAM.CREATE.EVENTS", own).await;
+    let before = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+
+    refused(&server.settings(), &["subjects is [\"events.>\",\"more.>\"]", "[\"events.>\"]", "nothing was changed"])
+        .await;
+
+    assert_eq!(operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"], before);
+}
+
+#[tokio::test]
+async fn a_limit_for_each_subject_must_be_declared() {
+    let server = NatsServer::start();
+    connect(&server.settings()).await;
+    Operator::new(&server).await.update(json!({ "max_msgs_per_subject": 1 })).await;
+
+    refused(&server.settings(), &["max_msgs_per_subject is 1", "nats.stream.compacted"]).await;
+    let mut settings = server.settings();
+    settings.stream.compacted = true;
+    connect(&settings).await;
+}
+
+#[tokio::test]
+async fn names_and_prefixes_are_those_of_the_settings() {
+    let server = NatsServer::start();
+    let mut settings = server.settings();
+    settings.stream.name = "OTHER".into();
+    settings.stream.prefix = "x.y.".into();
+    settings.stream.live_prefix = "l.".into();
+    let broker = connect(&settings).await;
+    let mut hints = broker.live(&filter(">")).await.unwrap();
+
+    broker.publish(on("a.b")).await.unwrap().await.unwrap();
+
+    assert_eq!(stored(&mut hints).await.subject.as_str(), "a.b");
+    let info = Operator::new(&server).await.ask("STREAM.INFO.OTHER", Value::Null).await;
+    assert_eq!((&info["config"]["subjects"], &info["state"]["messages"]), (&json!(["x.y.>"]), &json!(1)));
+}
+
+// The gateway's user.
+
+const CONFIGURATION: &str = include_str!("../nats/nats-server.conf");
+
+#[tokio::test]
+async fn the_shipped_user_may_do_what_a_gateway_does() {
+    assert_eq!(work(&NatsServer::configured(CONFIGURATION)).await, Ok(()));
+}
+
+#[tokio::test]
+async fn every_permission_of_the_shipped_user_is_needed() {
+    let (gateway, others) = CONFIGURATION.split_once("user: publisher").unwrap();
+    let permissions: Vec<&str> = gateway.lines().filter(|line| line.trim_start().starts_with('"')).collect();
+    assert_eq!(permissions.len(), 9);
+    for permission in permissions {
+        let without = format!("{}user: publisher{others}", gateway.replace(permission, ""));
+        assert!(work(&NatsServer::configured(&without)).await.is_err(), "not needed: {permission}");
+    }
+}
+
+/// All that a gateway does, as the shipped user.
+async fn work(server: &NatsServer) -> Result<(), String> {
+    let mut settings = server.settings_as("gateway:change-me-gateway@");
+    settings.request_timeout = Duration::from_secs(1);
+    settings.publish_timeout = Duration::from_secs(1);
+    let said = |error: &dyn std::fmt::Display| error.to_string();
+    let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES).await.map_err(|e| said(&e))?;
+    let operator = Operator::of(server, "operator:change-me-operator@").await;
+    let mut doubts = broker.doubts();
+    operator.update(json!({ "max_age": 3_600_000_000_000_i64, "allow_direct": false })).await;
+    let doubt = tokio::time::timeout(Duration::from_secs(1), doubts.changed()).await;
+    doubt.map_err(|_| "no doubt")?.map_err(|e| said(&e))?;
+    let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES).await.map_err(|e| said(&e))?;
+
+    let mut hints = broker.live(&filter("a")).await.map_err(|e| said(&e))?;
+    for subject in ["a", "b"] {
+        broker.publish(on(subject)).await.map_err(|e| said(&e))?.await.map_err(|e| said(&e))?;
+    }
+    tokio::time::timeout(Duration::from_secs(1), hints.next()).await.map_err(|_| "no hint")?;
+    let whole = Read { filter: filter("a"), from: From::After(0), until: 2 };
+    let page = broker.read(whole).await.map_err(|e| said(&e))?;
+    assert_eq!((page.events.len(), page.proven), (1, 2));
+    let subjects = ["none"].map(|text| Subject::parse(text).unwrap());
+    broker.last(&subjects).await.map_err(|e| said(&e))?;
+    Ok(())
+}
+
+// While it runs.
+
+#[tokio::test]
+async fn what_limits_removed_shows_in_first() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    for _ in 0..10 {
+        broker.publish(on("a")).await.unwrap().await.unwrap();
+    }
+    Operator::new(&server).await.update(json!({ "max_msgs": 3 })).await;
+
+    let page = broker.read(all("a")).await.unwrap();
+
+    assert_eq!((page.start, page.first, sequences(&page.events)), (0, 8, vec![8, 9, 10]));
+    let bounds = broker.bounds().await.unwrap();
+    assert_eq!((bounds.first, bounds.last), (8, 10));
+}
+
+#[tokio::test]
+async fn a_purged_stream_begins_after_its_last() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    for _ in 0..3 {
+        broker.publish(on("a")).await.unwrap().await.unwrap();
+    }
+    Operator::new(&server).await.ask("STREAM.PURGE.EVENTS", json!({})).await;
+
+    let page = broker.read(all("a")).await.unwrap();
+
+    assert_eq!((page.first, page.proven, page.events.len(), page.more), (4, 3, 0, false));
+    let last = broker.last(&[Subject::parse("a").unwrap()]).await.unwrap().unwrap();
+    assert_eq!((last.sequences, last.as_of), (vec![0], 3));
+}
+
+#[tokio::test]
+async fn a_stream_made_anew_is_another_epoch() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let old = broker.publish(on("a")).await.unwrap().await.unwrap().id;
+    let mut doubts = broker.doubts();
+    let operator = Operator::new(&server).await;
+    let config = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+
+    operator.ask("STREAM.DELETE.EVENTS", Value::Null).await;
+    operator.ask("STREAM.CREATE.EVENTS", config).await;
+
+    moved(&mut doubts).await;
+    let page = broker.read(all("a")).await.unwrap();
+    assert_ne!(page.epoch, old.epoch);
+    assert_eq!((page.events.len(), page.proven), (0, 0));
+    assert_eq!(broker.bounds().await.unwrap().epoch, page.epoch);
+    let stale = Publication { condition: Some(Condition::LastIs(old)), ..on("a") };
+    assert_eq!(broker.publish(stale).await.map(|_| ()).unwrap_err(), PublishError::ConditionFailed);
+    let new = broker.publish(on("a")).await.unwrap().await.unwrap().id;
+    assert_eq!((new.epoch, new.sequence), (page.epoch, 1));
+}
+
+#[tokio::test]
+async fn a_deleted_stream_is_told_and_stores_nothing() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let mut doubts = broker.doubts();
+
+    Operator::new(&server).await.ask("STREAM.DELETE.EVENTS", Value::Null).await;
+
+    moved(&mut doubts).await;
+    assert!(broker.bounds().await.is_err() && broker.read(all("a")).await.is_err());
+    assert!(matches!(broker.health(), Health::Away(why) if why.contains("stream not found")));
+    assert_eq!(broker.publish(on("a")).await.unwrap().await, Err(PublishError::Unavailable));
+}
+
+#[tokio::test]
+async fn after_a_restart_hints_come_again_and_doubts_have_moved() {
+    let mut server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let mut hints = broker.live(&filter("a")).await.unwrap();
+    let id = broker.publish(on("a")).await.unwrap().await.unwrap().id;
+    assert_eq!(stored(&mut hints).await.sequence, 1);
+    let mut doubts = broker.doubts();
+
+    server.kill();
+    eventually(async || matches!(broker.health(), Health::Away(_))).await;
+    assert_eq!(broker.publish(on("a")).await.map(|_| ()).unwrap_err(), PublishError::Unavailable);
+    assert!(broker.read(all("a")).await.is_err());
+    server.resume();
+
+    moved(&mut doubts).await;
+    eventually(async || broker.health() == Health::Ready).await;
+    let next = broker.publish(on("a")).await.unwrap().await.unwrap().id;
+    assert_eq!((next.epoch, next.sequence), (id.epoch, 2));
+    assert_eq!(stored(&mut hints).await.sequence, 2);
+    assert_eq!(sequences(&broker.read(all("a")).await.unwrap().events), [1, 2]);
+}
+
+#[tokio::test]
+async fn an_outcome_that_is_not_known_is_called_so_and_a_retry_stores_once() {
+    let server = NatsServer::start();
+    let mut settings = server.settings();
+    settings.publish_timeout = Duration::from_millis(300);
+    let broker = connect(&settings).await;
+    let keyed = || Publication { key: Some("k".into()), condition: Some(Condition::NoneYet), ..on("a") };
+
+    server.freeze();
+    let frozen = broker.publish(keyed()).await.unwrap().await;
+    server.thaw();
+
+    assert_eq!(frozen, Err(PublishError::OutcomeUnknown));
+    let retried = loop {
+        match broker.publish(keyed()).await.unwrap().await {
+            Err(PublishError::OutcomeUnknown) => {}
+            outcome => break outcome.unwrap(),
+        }
+    };
+    assert_eq!((retried.id.sequence, retried.duplicate), (1, true));
+    assert_eq!(broker.bounds().await.unwrap().last, 1);
+}
+
+#[tokio::test]
+async fn an_overflow_of_hints_is_a_doubt() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let mut doubts = broker.doubts();
+    let hints = broker.live(&filter(">")).await.unwrap();
+
+    let mut waiting = vec![];
+    for _ in 0..17_000 {
+        waiting.push(broker.publish(on("a")).await.unwrap());
+    }
+    for acknowledgement in waiting {
+        acknowledgement.await.unwrap();
+    }
+
+    moved(&mut doubts).await;
+    drop(hints);
+}
+
+#[tokio::test]
+async fn what_others_publish_is_read_as_far_as_it_can_be() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let mut hints = broker.live(&filter(">")).await.unwrap();
+    let publisher = Operator::new(&server).await.client;
+    let mut headers = HeaderMap::new();
+    for (name, value) in [
+        ("Tidegate-Type", "tidegate.gap"),
+        ("Nats-Sequence", "999"),
+        ("Nats-Last-Sequence", "998"),
+        ("Nats-Subject", "events.other"),
+        ("Nats-Stream", "OTHER"),
+        ("Nats-Time-Stamp", "1970-01-01T00:00:00Z"),
+    ] {
+        headers.insert(name, value);
+    }
+
+    publisher.publish_with_headers("events.a", headers, "spoofed".into()).await.unwrap();
+    publisher.publish("events.é/ü$#", "odd".into()).await.unwrap();
+
+    for wanted in [("a", "spoofed"), ("é/ü$#", "odd")] {
+        let event = stored(&mut hints).await;
+        assert_eq!((event.subject.as_str(), &event.payload[..], event.kind), (wanted.0, wanted.1.as_bytes(), None));
+    }
+    publisher.publish("live.events.a", "never stored".into()).await.unwrap();
+    let forged = tokio::time::timeout(PATIENCE, hints.next()).await.unwrap();
+    assert!(matches!(forged, Some(Hint::Lost)));
+    let page = broker.read(all(">")).await.unwrap();
+    assert_eq!((sequences(&page.events), page.events[0].subject.as_str()), (vec![1, 2], "a"));
+    assert!(page.events[0].time > "2020-01-01T00:00:00Z".parse().unwrap());
+}
+
+/// async-nats drops the connection on a message whose header is not UTF-8, each time that it meets it.
+#[tokio::test]
+async fn messages_that_break_the_connection_hold_nobody_up() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let mut raw = TcpStream::connect(server.address()).unwrap();
+    let header = b"NATS/1.0\r\nBad: \xff\xfe\r\n\r\n";
+    raw.write_all(b"CONNECT {\"headers\":true}\r\n").unwrap();
+    for number in 1..=6 {
+        broker.publish(on("a")).await.unwrap().await.unwrap();
+        if number % 2 == 0 {
+            write!(raw, "HPUB events.a {} {}\r\n", header.len(), header.len() + 3).unwrap();
+            raw.write_all(&[&header[..], b"odd\r\n"].concat()).unwrap();
+            eventually(async || broker.bounds().await.unwrap().last == number + number / 2).await;
+        }
+    }
+
+    let (mut read, mut after) = (vec![], 0);
+    eventually(async || match broker.read(Read { from: From::After(after), ..all("a") }).await {
+        Ok(page) => {
+            after = page.proven;
+            read.extend(page.events);
+            !page.more
+        }
+        // The connection is being made anew.
+        Err(_) => false,
+    })
+    .await;
+
+    assert_eq!(sequences(&read), [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(&read[2].payload[..], b"odd");
+}
+
+#[tokio::test]
+async fn two_gateways_see_the_same() {
+    let server = NatsServer::start();
+    let [one, two] = [connect(&server.settings()).await, connect(&server.settings()).await];
+    let mut hints = two.live(&filter("a")).await.unwrap();
+
+    let id = one.publish(on("a")).await.unwrap().await.unwrap().id;
+
+    assert_eq!(stored(&mut hints).await.sequence, id.sequence);
+    assert_eq!(two.bounds().await.unwrap().epoch, id.epoch);
+}
+
+async fn connect(settings: &config::Nats) -> Nats {
+    Nats::connect(settings, &HISTORY, EVENT_BYTES).await.unwrap()
+}
+
+/// That a gateway does not start, and says all of this about it on one line.
+async fn refused(settings: &config::Nats, words: &[&str]) {
+    let error = Nats::connect(settings, &HISTORY, EVENT_BYTES).await.map(|_| ()).unwrap_err().to_string();
+    for word in words {
+        assert!(error.contains(word), "{word:?} is not in: {error}");
+    }
+    assert!(!error.contains('\n') && !error.contains("wrong-one"), "{error}");
+}
+
+/// Someone who may do anything to the stream.
+struct Operator {
+    client: Client,
+}
+
+impl Operator {
+    async fn new(server: &NatsServer) -> Operator {
+        Operator::of(server, "").await
+    }
+
+    async fn of(server: &NatsServer, user: &str) -> Operator {
+        let options = match user.trim_end_matches('@').split_once(':') {
+            Some((user, password)) => async_nats::ConnectOptions::with_user_and_password(user.into(), password.into()),
+            None => async_nats::ConnectOptions::new(),
+        };
+        Operator { client: options.connect(server.address()).await.unwrap() }
+    }
+
+    async fn ask(&self, verb: &str, body: Value) -> Value {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let answer = self.client.request(format!("$JS.API.{verb}"), body.into()).await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert!(answer["error"].is_null(), "{verb}: {answer}");
+        answer
+    }
+
+    /// Changes these settings of the stream.
+    async fn update(&self, changes: Value) {
+        let mut config = self.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+        for (setting, value) in changes.as_object().unwrap() {
+            config[setting] = value.clone();
+        }
+        self.ask("STREAM.UPDATE.EVENTS", config).await;
+    }
+}
+
+fn on(subject: &str) -> Publication {
+    let subject = Subject::parse(subject).unwrap();
+    Publication { subject, kind: None, payload: "{}".into(), ttl: None, key: None, condition: None }
+}
+
+fn filter(text: &str) -> Filter {
+    Filter::parse(text).unwrap()
+}
+
+fn all(filter: &str) -> Read {
+    Read { filter: self::filter(filter), from: From::After(0), until: 0 }
+}
+
+fn sequences(events: &[Event]) -> Vec<u64> {
+    events.iter().map(|event| event.sequence).collect()
+}
+
+async fn stored(hints: &mut Hints) -> Event {
+    match tokio::time::timeout(PATIENCE, hints.next()).await.expect("a hint in time") {
+        Some(Hint::Stored { event, .. }) => event,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn moved(doubts: &mut watch::Receiver<u64>) {
+    tokio::time::timeout(PATIENCE, doubts.changed()).await.expect("a doubt in time").unwrap();
+}
+
+/// Asks until it is so.
+async fn eventually(mut so: impl AsyncFnMut() -> bool) {
+    let asking = async {
+        while !so().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asking).await.expect("in time");
+}

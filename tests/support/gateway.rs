@@ -1,0 +1,264 @@
+//! A gateway as its users have it: the built binary, in a process of its own, on ports of its own.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use super::{
+    PATIENCE,
+    http::{Connection, Request, Response},
+    sse::EventStream,
+};
+
+/// A gateway that has not started yet.
+#[derive(Clone)]
+pub struct Launch {
+    arguments: Vec<String>,
+    settings: Vec<(String, String)>,
+    listen: String,
+}
+
+/// A gateway that serves. Ends with its owner; what it logged is shown if that fails.
+pub struct Gateway {
+    pub address: SocketAddr,
+    pub admin: SocketAddr,
+    launch: Launch,
+    process: Option<Process>,
+}
+
+struct Process {
+    child: Child,
+    /// What it says on stdout, line by line. Closed when it ends.
+    said: Receiver<String>,
+    log: Option<JoinHandle<String>>,
+}
+
+impl Launch {
+    pub fn new() -> Launch {
+        Launch { arguments: vec![], settings: vec![], listen: "127.0.0.1:0".into() }
+    }
+
+    /// With this setting, as in `sse.heartbeat`, passed in the environment.
+    pub fn with(mut self, key: &str, value: &str) -> Launch {
+        let name = format!("TIDEGATE_{}", key.to_uppercase().replace('.', "__"));
+        self.settings.push((name, value.into()));
+        self
+    }
+
+    /// With this flag and its value.
+    pub fn flag(mut self, flag: &str, value: &str) -> Launch {
+        self.arguments.extend([flag.into(), value.into()]);
+        self
+    }
+
+    pub fn start(self) -> Gateway {
+        let mut process = self.spawn();
+        let addresses = process.greeting().unwrap_or_else(|| {
+            panic!("the gateway does not start:\n{}", process.end());
+        });
+        let mut launch = self;
+        launch.listen = addresses.0.to_string();
+        Gateway { address: addresses.0, admin: addresses.1, launch, process: Some(process) }
+    }
+
+    fn spawn(&self) -> Process {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEGATE_")) {
+            command.env_remove(name);
+        }
+        let mut child = command
+            .args(["--listen", &self.listen, "--admin-listen", "127.0.0.1:0"])
+            .args(&self.arguments)
+            .envs(self.settings.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the gateway's binary runs");
+        let (lines, said) = channel();
+        let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| lines.send(line)));
+        let mut stderr = child.stderr.take().expect("stderr is piped");
+        let log = std::thread::spawn(move || {
+            let mut log = vec![];
+            let _ = stderr.read_to_end(&mut log);
+            String::from_utf8_lossy(&log).into_owned()
+        });
+        Process { child, said, log: Some(log) }
+    }
+}
+
+impl Process {
+    /// The two addresses in the first line that it prints, unless it ends before.
+    fn greeting(&mut self) -> Option<(SocketAddr, SocketAddr)> {
+        let line = match self.said.recv_timeout(PATIENCE) {
+            Ok(line) => line,
+            Err(RecvTimeoutError::Disconnected) => return None,
+            Err(RecvTimeoutError::Timeout) => panic!("the gateway does not say where it listens:\n{}", self.end()),
+        };
+        let mut addresses = line.split("http://").skip(1).map(|rest| {
+            let end = rest.find(|c: char| !c.is_ascii_digit() && !".:".contains(c)).unwrap_or(rest.len());
+            rest[..end].parse().unwrap_or_else(|_| panic!("no address in {line:?}"))
+        });
+        Some((addresses.next().expect("the public address"), addresses.next().expect("the admin address")))
+    }
+
+    /// Kills it if it lives, and returns what it logged.
+    fn end(&mut self) -> String {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.log.take().map(|log| log.join().expect("the log is read to its end")).unwrap_or_default()
+    }
+
+    /// Waits until it ends by itself. Its stdout is closed then, which can be waited for with a bound.
+    fn exit_status(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.said.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.child.wait().expect("it was started"),
+                Err(RecvTimeoutError::Timeout) => panic!("the gateway does not end:\n{}", self.end()),
+            }
+        }
+    }
+}
+
+impl Gateway {
+    /// SIGKILL: it has no chance to say anything.
+    pub fn kill(&mut self) {
+        self.process().end();
+        self.process = None;
+    }
+
+    /// SIGTERM: it is to drain.
+    pub fn terminate(&mut self) {
+        let pid = self.process().child.id().to_string();
+        let sent = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status();
+        assert!(sent.expect("there is a shell").success(), "SIGTERM could not be sent");
+    }
+
+    /// How it ended, once it has by itself.
+    pub fn exit_status(&mut self) -> ExitStatus {
+        self.process().exit_status()
+    }
+
+    /// Starts it again after its end, on the same address.
+    pub fn restart(&mut self) {
+        self.process = None;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut process = self.launch.spawn();
+            match process.greeting() {
+                Some(addresses) => {
+                    (self.address, self.admin) = addresses;
+                    self.process = Some(process);
+                    return;
+                }
+                // Somebody else's connection may have the port for a moment: it is one that the system gave.
+                None if Instant::now() < deadline => {}
+                None => panic!("the gateway does not start again:\n{}", process.end()),
+            }
+        }
+    }
+
+    /// A connection to the public listener.
+    pub fn connect(&self) -> Connection {
+        Connection::open(self.address)
+    }
+
+    /// The answer to one request, on a connection of its own.
+    pub fn ask(&self, request: impl Into<Request>) -> Response {
+        let mut connection = self.connect();
+        connection.send(request);
+        connection.response()
+    }
+
+    /// A stream, read up to its opening: a status of 200, `retry:` and a position.
+    pub fn stream(&self, request: impl Into<Request>) -> EventStream {
+        EventStream::open(self.connect(), request)
+    }
+
+    /// Publishes one event, and returns its id.
+    pub fn publish(&self, subject: &str, payload: impl Into<Vec<u8>>) -> String {
+        let response = self.ask(Request::post(&format!("/events/{subject}")).body(payload));
+        assert_eq!(response.status, 201, "{response:?}");
+        response.json()["id"].as_str().expect("a receipt has an id").to_owned()
+    }
+
+    /// Publishes events of one subject in one batch, and returns their ids.
+    pub fn publish_all<P: AsRef<str>>(&self, subject: &str, payloads: impl IntoIterator<Item = P>) -> Vec<String> {
+        let lines = payloads.into_iter().map(|payload| {
+            let line = serde_json::json!({ "subject": subject, "data": payload.as_ref() });
+            format!("{line}\n")
+        });
+        let response = self.ask(Request::batch().body(lines.collect::<String>()));
+        assert_eq!(response.status, 200, "{response:?}");
+        let id = |answer: &serde_json::Value| answer["id"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
+        response.json_lines().iter().map(id).collect()
+    }
+
+    /// The sum of a metric over its labels, now.
+    pub fn metric(&self, name: &str) -> f64 {
+        let text = self.ask_admin("/metrics").text();
+        let values = text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
+            let (series, value) = line.rsplit_once(' ')?;
+            (series.split('{').next()? == name).then(|| value.parse::<f64>().expect("values are numbers"))
+        });
+        values.sum()
+    }
+
+    /// Asks again and again until a metric has a value.
+    pub fn wait_for_metric(&self, name: &str, value: f64) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = self.metric(name);
+            if now == value {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{name} is {now}, and does not become {value}");
+            std::thread::yield_now();
+        }
+    }
+
+    /// The answer of the admin listener.
+    pub fn ask_admin(&self, request: impl Into<Request>) -> Response {
+        let mut connection = Connection::open(self.admin);
+        connection.send(request);
+        connection.response()
+    }
+
+    /// What the process has in memory, in bytes.
+    pub fn memory_bytes(&mut self) -> usize {
+        let pid = self.process().child.id();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs, on Linux");
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has memory");
+        let kilobytes: usize = resident.trim().trim_end_matches(" kB").parse().expect("a number of kB");
+        kilobytes * 1024
+    }
+
+    fn process(&mut self) -> &mut Process {
+        self.process.as_mut().expect("the gateway runs")
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        let Some(process) = &mut self.process else { return };
+        let log = process.end();
+        if std::thread::panicking() && !log.is_empty() {
+            eprintln!("the gateway logged:\n{log}");
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

@@ -1,0 +1,165 @@
+//! Real nats-servers for tests: started on a free port of the loopback, with a store of their own, killed when dropped.
+
+// Each test program uses a part of this.
+#![allow(dead_code)]
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use tidegate::config::{self, Config};
+
+/// How long a server may take to start.
+const START: Duration = Duration::from_secs(20);
+
+pub struct NatsServer {
+    child: Child,
+    port: u16,
+    directory: PathBuf,
+    binary: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl NatsServer {
+    /// With JetStream, open to everyone on this machine.
+    pub fn start() -> NatsServer {
+        NatsServer::with("")
+    }
+
+    /// With JetStream and more configuration.
+    pub fn with(configuration: &str) -> NatsServer {
+        NatsServer::configured(&format!("jetstream {{ store_dir: store }}\n{configuration}"))
+    }
+
+    /// With this configuration and no other, but for the port. A relative `store_dir` is in a directory of its own.
+    pub fn configured(configuration: &str) -> NatsServer {
+        NatsServer::launch(binary(), configuration)
+    }
+
+    fn launch(binary: PathBuf, configuration: &str) -> NatsServer {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("tidegate-nats-{}-{number}", std::process::id()));
+        let file = directory.join("nats-server.conf");
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(&file, configuration).unwrap();
+        let port = free_port();
+        let arguments =
+            ["-c", "nats-server.conf", "-a", "127.0.0.1", "-p", &port.to_string()].map(String::from).to_vec();
+        let child = run(&binary, &arguments, &directory);
+        NatsServer { child, port, directory, binary, arguments }
+    }
+
+    /// Kills the server as a crash would, and starts it again on the same port with what it had stored.
+    pub fn restart(&mut self) {
+        self.kill();
+        self.resume();
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Starts a server that was killed.
+    pub fn resume(&mut self) {
+        self.child = run(&self.binary, &self.arguments, &self.directory);
+    }
+
+    /// Stops the server's time: it keeps its connections and answers nothing.
+    pub fn freeze(&self) {
+        self.signal("-STOP");
+    }
+
+    pub fn thaw(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// The settings of a gateway on this server.
+    pub fn settings(&self) -> config::Nats {
+        self.settings_as("")
+    }
+
+    /// The same as a user: `user:password@`.
+    pub fn settings_as(&self, user: &str) -> config::Nats {
+        Config::load(None, vec![("nats.url", format!("nats://{user}{}", self.address()))]).unwrap().nats
+    }
+}
+
+impl Drop for NatsServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Starts the server and waits until it says that it is ready.
+fn run(binary: &Path, arguments: &[String], directory: &Path) -> Child {
+    let mut child = Command::new(binary)
+        .args(arguments)
+        .current_dir(directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{} could not be started: {error}", binary.display()));
+    let log = BufReader::new(child.stderr.take().unwrap());
+    let (ready, is_ready) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut said = vec![];
+        // Reads to the end: a server whose log nobody reads would block.
+        for line in log.lines().map_while(Result::ok) {
+            if line.contains("Server is ready") {
+                let _ = ready.send(Ok(()));
+            }
+            said.push(line);
+        }
+        let _ = ready.send(Err(said.join("\n")));
+    });
+    match is_ready.recv_timeout(START) {
+        Ok(Ok(())) => child,
+        Ok(Err(said)) => panic!("nats-server ended:\n{said}"),
+        Err(_) => {
+            let _ = child.kill();
+            panic!("nats-server was not ready in {START:?}");
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// `NATS_SERVER_BIN`, or nats-server on the PATH, or the one in `target/tools`.
+pub fn binary() -> PathBuf {
+    let named = std::env::var_os("NATS_SERVER_BIN").map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let on_path = std::env::split_paths(&path).map(|directory| directory.join("nats-server"));
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/nats-server");
+    match named {
+        Some(named) => named,
+        None => on_path.chain([tool]).find(|file| file.is_file()).expect(
+            "these tests run against a real nats-server (2.11 or later), and there is none: put one on the PATH or at \
+             target/tools/nats-server, or set NATS_SERVER_BIN",
+        ),
+    }
+}

@@ -1,0 +1,143 @@
+//! A real nginx with the configuration that is shipped, on ports of its own.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Instant,
+};
+
+use super::PATIENCE;
+
+/// nginx in a directory of its own. Ends with its owner.
+pub struct Nginx {
+    pub http: SocketAddr,
+    pub https: SocketAddr,
+    directory: PathBuf,
+    child: Option<Child>,
+}
+
+impl Nginx {
+    /// The shipped edge of two gateways. Only addresses are changed.
+    pub fn edge(gateways: [SocketAddr; 2]) -> Nginx {
+        let (http, https) = (free_address(), free_address());
+        let shipped = fs::read_to_string(shipped_configuration()).expect("nginx/nginx.conf is there");
+        let mut configuration = shipped.clone();
+        for (from, to) in [
+            ("127.0.0.1:8080", gateways[0]),
+            ("127.0.0.1:8081", gateways[1]),
+            ("127.0.0.1:8000", http),
+            ("127.0.0.1:8443", https),
+        ] {
+            assert!(configuration.contains(from), "nginx.conf has no {from}");
+            configuration = configuration.replace(from, &to.to_string());
+        }
+        let directory = scratch();
+        make_certificate(&shipped, &directory);
+        let mut nginx = Nginx { http, https, directory, child: None };
+        nginx.write(&configuration);
+        nginx.start();
+        nginx
+    }
+
+    /// A plain site that only logs what it was asked for.
+    pub fn site() -> Nginx {
+        let http = free_address();
+        let directory = scratch();
+        fs::create_dir_all(directory.join("nginx/run")).expect("a directory can be made");
+        let configuration = format!(
+            "pid run/nginx.pid; error_log run/error.log; events {{}}\n\
+             http {{ access_log run/access.log; client_body_temp_path run; proxy_temp_path run; fastcgi_temp_path run;\n\
+             uwsgi_temp_path run; scgi_temp_path run;\n\
+             server {{ listen {http}; location / {{ return 200 ok; }} }} }}"
+        );
+        let mut nginx = Nginx { http, https: http, directory, child: None };
+        nginx.write(&configuration);
+        nginx.start();
+        nginx
+    }
+
+    pub fn access_log(&self) -> PathBuf {
+        self.directory.join("nginx/run/access.log")
+    }
+
+    pub fn certificate(&self) -> PathBuf {
+        self.directory.join("nginx/tls/localhost.crt")
+    }
+
+    pub fn start(&mut self) {
+        let child = Command::new("nginx")
+            .args(["-p", "nginx", "-c", "nginx.conf", "-g", "daemon off;"])
+            .current_dir(&self.directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("nginx is installed (tests/run does it)");
+        self.child = Some(child);
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(self.https).is_err() {
+            assert!(Instant::now() < deadline, "nginx does not listen: {}", self.errors());
+            std::thread::yield_now();
+        }
+    }
+
+    /// As an operator reloads it.
+    pub fn reload(&self) {
+        self.signal("HUP");
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.as_ref().expect("nginx runs").id().to_string();
+        let sent = Command::new("sh").args(["-c", "kill -$0 $1", name, &pid]).status();
+        assert!(sent.expect("there is a shell").success());
+    }
+
+    fn write(&self, configuration: &str) {
+        fs::write(self.directory.join("nginx/nginx.conf"), configuration).expect("a file can be written");
+    }
+
+    fn errors(&self) -> String {
+        fs::read_to_string(self.directory.join("nginx/run/error.log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        // The fast shutdown of nginx: the master ends its workers first.
+        self.signal("TERM");
+        let _ = self.child.take().map(|mut child| child.wait());
+        if std::thread::panicking() {
+            eprintln!("nginx logged:\n{}", self.errors());
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free")
+}
+
+fn shipped_configuration() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("nginx/nginx.conf")
+}
+
+fn scratch() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let directory = std::env::temp_dir().join(format!("tidegate-nginx-{}-{number}", std::process::id()));
+    fs::create_dir_all(directory.join("nginx")).expect("a directory can be made");
+    directory
+}
+
+/// Runs the line that the configuration itself, and the README, name for it.
+fn make_certificate(configuration: &str, directory: &Path) {
+    let line = configuration.lines().find(|line| line.contains("openssl req")).expect("the line is there");
+    let line = line.trim_start_matches(['#', ' ']);
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("a README");
+    assert!(readme.contains(line), "the README has the same line");
+    let made = Command::new("sh").args(["-c", line]).current_dir(directory).stderr(Stdio::null()).status();
+    assert!(made.expect("there is a shell").success(), "openssl makes a certificate");
+}

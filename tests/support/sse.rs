@@ -1,0 +1,237 @@
+//! A reader of `text/event-stream`, written from the WHATWG HTML standard, section 9.2.6 ("Interpreting an event
+//! stream"), and from nothing of the gateway's.
+
+use std::{collections::VecDeque, time::Instant};
+
+use super::{
+    PATIENCE,
+    http::{Connection, Head, Request, excerpt},
+};
+
+/// What an EventSource would dispatch, and its `lastEventId` at that time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    pub id: String,
+    /// `message` where the stream names none.
+    pub kind: String,
+    pub data: String,
+}
+
+impl Event {
+    pub fn new(id: impl Into<String>, kind: &str, data: impl Into<String>) -> Event {
+        Event { id: id.into(), kind: kind.into(), data: data.into() }
+    }
+
+    /// The data, where that is JSON.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.data).unwrap_or_else(|error| panic!("{error} in {self:?}"))
+    }
+
+    /// What a gap says: requested, resumed, reason.
+    pub fn gap(&self) -> (String, String, String) {
+        assert_eq!(self.kind, "tidegate.gap", "{self:?}");
+        let gap = self.json();
+        let text = |name: &str| gap[name].as_str().unwrap_or_else(|| panic!("{self:?} lacks {name}")).to_owned();
+        (text("requested"), text("resumed"), text("reason"))
+    }
+}
+
+/// Everything that a stream says, also what an EventSource keeps to itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Signal {
+    Event(Event),
+    /// A block without data: the last event id, which it may have set.
+    Position(String),
+    Comment(String),
+    /// Milliseconds.
+    Retry(u64),
+}
+
+/// The algorithm of the standard, fed in whatever pieces.
+#[derive(Default)]
+pub struct Parser {
+    line: Vec<u8>,
+    /// Bytes at the start that may yet turn out to be a byte order mark.
+    begun: bool,
+    after_cr: bool,
+    data: String,
+    kind: String,
+    id: String,
+    pub last_event_id: String,
+}
+
+impl Parser {
+    pub fn feed(&mut self, bytes: &[u8]) -> Vec<Signal> {
+        let mut signals = vec![];
+        for &byte in bytes {
+            match byte {
+                b'\n' if std::mem::take(&mut self.after_cr) => {}
+                b'\n' | b'\r' => {
+                    self.after_cr = byte == b'\r';
+                    let line = std::mem::take(&mut self.line);
+                    signals.extend(self.take_line(&line));
+                }
+                _ => {
+                    self.after_cr = false;
+                    self.line.push(byte);
+                }
+            }
+        }
+        signals
+    }
+
+    /// Decoding line by line is decoding the whole: a line's end is never a part of another character.
+    fn take_line(&mut self, line: &[u8]) -> Option<Signal> {
+        let line = match std::mem::replace(&mut self.begun, true) {
+            false => line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line),
+            true => line,
+        };
+        let line = String::from_utf8_lossy(line);
+        if line.is_empty() {
+            return self.dispatch();
+        }
+        match line.split_once(':') {
+            Some(("", comment)) => Some(Signal::Comment(comment.into())),
+            Some((name, value)) => self.take_field(name, value.strip_prefix(' ').unwrap_or(value)),
+            None => self.take_field(&line, ""),
+        }
+    }
+
+    fn take_field(&mut self, name: &str, value: &str) -> Option<Signal> {
+        match name {
+            "event" => self.kind = value.into(),
+            "data" => {
+                self.data.push_str(value);
+                self.data.push('\n');
+            }
+            "id" if !value.contains('\0') => self.id = value.into(),
+            "retry" if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) => {
+                return value.parse().ok().map(Signal::Retry);
+            }
+            _ => {}
+        }
+        None
+    }
+
+    fn dispatch(&mut self) -> Option<Signal> {
+        self.last_event_id.clone_from(&self.id);
+        let (data, kind) = (std::mem::take(&mut self.data), std::mem::take(&mut self.kind));
+        let id = self.last_event_id.clone();
+        let Some(data) = data.strip_suffix('\n') else { return Some(Signal::Position(id)) };
+        let kind = if kind.is_empty() { "message".into() } else { kind };
+        Some(Signal::Event(Event { id, kind, data: data.into() }))
+    }
+}
+
+/// A stream that is being read.
+pub struct EventStream {
+    pub head: Head,
+    connection: Connection,
+    parser: Parser,
+    signals: VecDeque<Signal>,
+    /// What was seen, for when something else was waited for.
+    seen: VecDeque<Signal>,
+    /// How long to wait before reconnecting, in milliseconds, as last said.
+    pub retry: Option<u64>,
+    /// `lastEventId` after what was read so far.
+    pub last_event_id: String,
+}
+
+impl EventStream {
+    /// Sends the request as an EventSource would, and reads the opening.
+    pub fn open(connection: Connection, request: impl Into<Request>) -> EventStream {
+        let mut stream = EventStream::begin(connection, request.into().header("Accept", "text/event-stream"));
+        assert_eq!(stream.head.status, 200, "{:?}", stream.head);
+        assert_eq!(stream.head.header("Content-Type"), Some("text/event-stream"));
+        assert!(matches!(stream.signal(), Signal::Retry(_)), "a stream opens with retry:");
+        assert!(matches!(stream.signal(), Signal::Position(_)), "then comes a block without data");
+        stream
+    }
+
+    /// Sends a request and takes its answer for a stream, whatever that is.
+    pub fn begin(mut connection: Connection, request: impl Into<Request>) -> EventStream {
+        connection.send(request);
+        EventStream::answered(connection)
+    }
+
+    /// Takes the next answer on a connection for a stream.
+    pub fn answered(mut connection: Connection) -> EventStream {
+        let head = connection.head();
+        EventStream {
+            head,
+            connection,
+            parser: Parser::default(),
+            signals: VecDeque::new(),
+            seen: VecDeque::new(),
+            retry: None,
+            last_event_id: String::new(),
+        }
+    }
+
+    /// The next event, passing over all else.
+    pub fn next(&mut self) -> Event {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.signal_until(until) {
+                Some(Signal::Event(event)) => return event,
+                Some(_) => {}
+                None => panic!("the stream ends instead of an event; before that: {:?}", self.seen),
+            }
+        }
+    }
+
+    /// The next so many events.
+    pub fn take(&mut self, count: usize) -> Vec<Event> {
+        (0..count).map(|_| self.next()).collect()
+    }
+
+    /// The data of the next so many events.
+    pub fn data(&mut self, count: usize) -> Vec<String> {
+        (0..count).map(|_| self.next().data).collect()
+    }
+
+    /// The next thing that the stream says.
+    pub fn signal(&mut self) -> Signal {
+        self.signal_until(Instant::now() + PATIENCE)
+            .unwrap_or_else(|| panic!("the stream ends; before that: {:?}", self.seen))
+    }
+
+    /// Everything up to the end of the stream, which must come soon.
+    pub fn rest(&mut self) -> Vec<Signal> {
+        let until = Instant::now() + PATIENCE;
+        std::iter::from_fn(|| self.signal_until(until)).collect()
+    }
+
+    fn signal_until(&mut self, until: Instant) -> Option<Signal> {
+        while self.signals.is_empty() {
+            assert!(Instant::now() < until, "it does not come; what came: {:?}", self.seen);
+            let piece = self.connection.piece_until(until)?;
+            self.signals.extend(self.parser.feed(&piece));
+        }
+        let signal = self.signals.pop_front()?;
+        match &signal {
+            Signal::Event(Event { id, .. }) | Signal::Position(id) => self.last_event_id.clone_from(id),
+            Signal::Retry(retry) => self.retry = Some(*retry),
+            Signal::Comment(_) => {}
+        }
+        self.remember(&signal);
+        Some(signal)
+    }
+
+    fn remember(&mut self, signal: &Signal) {
+        if self.seen.len() == 8 {
+            self.seen.pop_front();
+        }
+        self.seen.push_back(match signal {
+            Signal::Event(event) if event.data.len() > 200 => {
+                Signal::Event(Event { data: excerpt(event.data.as_bytes()), ..event.clone() })
+            }
+            signal => signal.clone(),
+        });
+    }
+
+    /// The connection below, which the stream is lost for.
+    pub fn into_connection(self) -> Connection {
+        self.connection
+    }
+}
