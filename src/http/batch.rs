@@ -291,12 +291,19 @@ fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de R
 
 fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, ApiError> {
     let invalid = |detail: String| ApiError::new(Code::InvalidLine, detail);
-    let fields: Fields = serde_json::from_slice(line).map_err(|error| invalid(error.to_string()))?;
+    // The line that serde_json counts is not the batch's.
+    let malformed = |error: serde_json::Error| invalid(error.to_string().replace("at line 1 column", "at column"));
+    // An array would be taken for the fields in their order.
+    if !line.trim_ascii_start().starts_with(b"{") {
+        return Err(invalid(r#"a line is one JSON object, such as {"subject":"demo","data":"hello"}"#.into()));
+    }
+    let fields: Fields = serde_json::from_slice(line).map_err(malformed)?;
     let payload: Bytes = match (fields.data, fields.data_base64) {
-        (Some(data), None) => match serde_json::from_str::<String>(data.get()) {
-            Ok(text) => text.into(),
-            Err(_) => data.get().to_owned().into(),
-        },
+        // A text may yet turn out to be none: half of a surrogate pair is only found here.
+        (Some(text), None) if text.get().starts_with('"') => {
+            serde_json::from_str::<String>(text.get()).map_err(malformed)?.into()
+        }
+        (Some(json), None) => json.get().to_owned().into(),
         (None, Some(text)) => STANDARD.decode(text).map_err(|error| invalid(format!("data_base64: {error}")))?.into(),
         (Some(_), Some(_)) => return Err(invalid("data and data_base64 exclude each other".into())),
         (None, None) => return Err(invalid("data (text or any JSON) or data_base64 is missing".into())),

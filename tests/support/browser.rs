@@ -52,8 +52,10 @@ impl Browser {
         let said = self.says.recv_timeout(PATIENCE).unwrap_or_else(|error| {
             panic!("the browser says nothing more ({error}; tests/run installs what it needs); last: {:?}", self.seen)
         });
+        if self.seen.len() == 5 {
+            self.seen.pop_front();
+        }
         self.seen.push_back(said.to_string());
-        self.seen.truncate(20);
         said
     }
 

@@ -5,9 +5,12 @@ use std::{
     io::{BufRead, BufReader, Read},
     net::SocketAddr,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    sync::{
+        Mutex,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
     thread::JoinHandle,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
@@ -35,7 +38,7 @@ pub struct Gateway {
 struct Process {
     child: Child,
     /// What it says on stdout, line by line. Closed when it ends.
-    said: Receiver<String>,
+    said: Mutex<Receiver<String>>,
     log: Option<JoinHandle<String>>,
 }
 
@@ -90,14 +93,14 @@ impl Launch {
             let _ = stderr.read_to_end(&mut log);
             String::from_utf8_lossy(&log).into_owned()
         });
-        Process { child, said, log: Some(log) }
+        Process { child, said: Mutex::new(said), log: Some(log) }
     }
 }
 
 impl Process {
     /// The two addresses in the first line that it prints, unless it ends before.
     fn greeting(&mut self) -> Option<(SocketAddr, SocketAddr)> {
-        let line = match self.said.recv_timeout(PATIENCE) {
+        let line = match self.hear(PATIENCE) {
             Ok(line) => line,
             Err(RecvTimeoutError::Disconnected) => return None,
             Err(RecvTimeoutError::Timeout) => panic!("the gateway does not say where it listens:\n{}", self.end()),
@@ -107,6 +110,10 @@ impl Process {
             rest[..end].parse().unwrap_or_else(|_| panic!("no address in {line:?}"))
         });
         Some((addresses.next().expect("the public address"), addresses.next().expect("the admin address")))
+    }
+
+    fn hear(&mut self, limit: Duration) -> Result<String, RecvTimeoutError> {
+        self.said.get_mut().expect("nobody panics with it").recv_timeout(limit)
     }
 
     /// Kills it if it lives, and returns what it logged.
@@ -120,7 +127,7 @@ impl Process {
     fn exit_status(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.said.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match self.hear(deadline.saturating_duration_since(Instant::now())) {
                 Ok(_) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.child.wait().expect("it was started"),
                 Err(RecvTimeoutError::Timeout) => panic!("the gateway does not end:\n{}", self.end()),
@@ -141,6 +148,15 @@ impl Gateway {
         let pid = self.process().child.id().to_string();
         let sent = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status();
         assert!(sent.expect("there is a shell").success(), "SIGTERM could not be sent");
+    }
+
+    /// Waits until it says that it is draining.
+    pub fn wait_until_draining(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.ask_admin("/health/ready").text() != "draining\n" {
+            assert!(Instant::now() < deadline, "it does not drain");
+            std::thread::yield_now();
+        }
     }
 
     /// How it ended, once it has by itself.
@@ -182,6 +198,11 @@ impl Gateway {
     /// A stream, read up to its opening: a status of 200, `retry:` and a position.
     pub fn stream(&self, request: impl Into<Request>) -> EventStream {
         EventStream::open(self.connect(), request)
+    }
+
+    /// A stream that resumes after an id.
+    pub fn resume(&self, target: &str, last_event_id: &str) -> EventStream {
+        self.stream(Request::get(target).header("Last-Event-ID", last_event_id))
     }
 
     /// Publishes one event, and returns its id.

@@ -257,6 +257,11 @@ impl Connection {
         self.send_bytes(chunk(bytes));
     }
 
+    /// Sends a chunk, unless the other side has gone away.
+    pub fn try_send_chunk(&mut self, bytes: impl AsRef<[u8]>) -> std::io::Result<()> {
+        self.socket.write_all(&chunk(bytes))
+    }
+
     pub fn end_chunks(&mut self) {
         self.send_bytes("0\r\n\r\n");
     }
@@ -358,7 +363,8 @@ impl Connection {
             }
             let taken = wanted.min(self.ahead.len());
             self.framing = after(wanted - taken);
-            return Some(self.ahead.drain(..taken).collect());
+            let ahead = self.ahead.split_off(taken);
+            return Some(std::mem::replace(&mut self.ahead, ahead));
         }
     }
 

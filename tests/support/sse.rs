@@ -51,7 +51,7 @@ pub enum Signal {
 #[derive(Default)]
 pub struct Parser {
     line: Vec<u8>,
-    /// Bytes at the start that may yet turn out to be a byte order mark.
+    /// The first line, which may begin with a byte order mark, is over.
     begun: bool,
     after_cr: bool,
     data: String,
@@ -61,21 +61,23 @@ pub struct Parser {
 }
 
 impl Parser {
-    pub fn feed(&mut self, bytes: &[u8]) -> Vec<Signal> {
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Vec<Signal> {
         let mut signals = vec![];
-        for &byte in bytes {
-            match byte {
-                b'\n' if std::mem::take(&mut self.after_cr) => {}
-                b'\n' | b'\r' => {
-                    self.after_cr = byte == b'\r';
-                    let line = std::mem::take(&mut self.line);
-                    signals.extend(self.take_line(&line));
-                }
-                _ => {
-                    self.after_cr = false;
-                    self.line.push(byte);
-                }
+        while let Some(&first) = bytes.first() {
+            // CRLF is one end of a line, even if it comes in two pieces.
+            if std::mem::take(&mut self.after_cr) && first == b'\n' {
+                bytes = &bytes[1..];
+                continue;
             }
+            let Some(end) = bytes.iter().position(|byte| matches!(byte, b'\r' | b'\n')) else {
+                self.line.extend(bytes);
+                break;
+            };
+            self.line.extend(&bytes[..end]);
+            self.after_cr = bytes[end] == b'\r';
+            bytes = &bytes[end + 1..];
+            let line = std::mem::take(&mut self.line);
+            signals.extend(self.take_line(&line));
         }
         signals
     }
@@ -190,6 +192,26 @@ impl EventStream {
         (0..count).map(|_| self.next().data).collect()
     }
 
+    /// Reads on, breaks off after so many bytes, or once it has so many events, and returns those that were complete by
+    /// then. What else has arrived is thrown away, as by a client that is killed.
+    pub fn break_off(mut self, after_bytes: usize, or_events: usize) -> (Vec<Event>, String) {
+        let until = Instant::now() + PATIENCE;
+        let mut left = after_bytes;
+        let mut events = vec![];
+        while left > 0 && events.len() < or_events {
+            let Some(mut piece) = self.connection.piece_until(until) else { break };
+            piece.truncate(left);
+            left -= piece.len();
+            self.signals.extend(self.parser.feed(&piece));
+            for signal in self.signals.drain(..) {
+                if let Signal::Event(event) = signal {
+                    events.push(event);
+                }
+            }
+        }
+        (events, self.parser.last_event_id)
+    }
+
     /// The next thing that the stream says.
     pub fn signal(&mut self) -> Signal {
         self.signal_until(Instant::now() + PATIENCE)
@@ -230,8 +252,8 @@ impl EventStream {
         });
     }
 
-    /// The connection below, which the stream is lost for.
-    pub fn into_connection(self) -> Connection {
-        self.connection
+    /// Another handle to the connection below, to send what nobody asked for.
+    pub fn sender(&self) -> Connection {
+        self.connection.sender()
     }
 }
