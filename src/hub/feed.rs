@@ -285,6 +285,7 @@ impl Feed {
         let before = log.proven;
         while let Some(hint) = next {
             match hint {
+                // Those that were lost may have been the last: this doubt is not replaced by a lesser one.
                 Hint::Lost => doubt = Some(Doubt::new("overflow")),
                 Hint::Stored { event, previous } => {
                     let n = event.sequence;
@@ -292,12 +293,12 @@ impl Feed {
                     if n <= log.proven {
                         // Repeated; or the stream was made again and counts anew, which its times betray.
                         if log.newest_is_older_than(&event) {
-                            doubt = Some(Doubt::new("sequence"));
+                            doubt.get_or_insert(Doubt::new("sequence"));
                         }
                     } else if chained || n == log.proven + 1 || hub.0.settings.trusts_hints() {
                         log.append(Content::event(event), n);
                     } else {
-                        doubt = Some(Doubt { cause: "chain", until: n });
+                        doubt.get_or_insert(Doubt { cause: "chain", until: Some(n) });
                         break;
                     }
                 }
@@ -314,24 +315,27 @@ impl Feed {
     }
 
     /// Reads from the proven position up to `until`, or until nothing is left. The answer to every doubt.
-    async fn repair(&self, hub: &Hub, epoch: Epoch, until: u64) {
+    async fn repair(&self, hub: &Hub, epoch: Epoch, until: Option<u64>) {
         let mut backoff = Backoff::new();
         let mut tries = 0;
         loop {
             let from = From::After(self.proven());
-            match hub.read_for_feed(Read { filter: self.filter.clone(), from, until }).await {
+            match hub.read_for_feed(Read { filter: self.filter.clone(), from, until: until.unwrap_or(0) }).await {
                 Ok(page) => {
                     let more = page.more;
                     self.absorb(hub, epoch, page);
                     if self.is_closed() {
                         return;
                     }
-                    let reached = self.proven() >= until;
-                    if more && !(reached && until > 0) {
+                    let reached = until.map_or(!more, |until| self.proven() >= until);
+                    if reached {
+                        return;
+                    }
+                    if more {
                         continue;
                     }
                     tries += 1;
-                    if reached || tries == REPAIR_TRIES {
+                    if tries == REPAIR_TRIES {
                         return;
                     }
                 }
@@ -379,12 +383,13 @@ async fn at(instant: Option<Instant>) {
 /// Why, and how far, to read again.
 struct Doubt {
     cause: &'static str,
-    until: u64,
+    /// Up to this sequence; what comes after it has hints of its own. `None`: to the end.
+    until: Option<u64>,
 }
 
 impl Doubt {
     fn new(cause: &'static str) -> Doubt {
-        Doubt { cause, until: 0 }
+        Doubt { cause, until: None }
     }
 }
 

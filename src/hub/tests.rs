@@ -51,17 +51,14 @@ impl Faulty {
     }
 
     async fn publish(&self, subject: &str) -> EventId {
-        let publication = Publication {
-            subject: Subject::parse(subject).unwrap(),
-            kind: None,
-            payload: "x".into(),
-            ttl: None,
-            key: None,
-            condition: None,
-        };
-        let Published { id, .. } = self.inner().publish(publication).await.unwrap().await.unwrap();
+        let Published { id, .. } = self.inner().publish(publication(subject)).await.unwrap().await.unwrap();
         id
     }
+}
+
+fn publication(subject: &str) -> Publication {
+    let subject = Subject::parse(subject).unwrap();
+    Publication { subject, kind: None, payload: "x".into(), ttl: None, key: None, condition: None }
 }
 
 fn embedded(events: usize) -> Embedded {
@@ -227,6 +224,25 @@ async fn without_proofs_every_run_of_that_test_finds_losses() {
     for seed in (0..40).step_by(2) {
         let results = scenario(seed, true).await;
         assert!(results.iter().any(|(_, got, owed)| got != owed), "seed {seed} found nothing");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burst_that_overflows_the_hints_is_read_to_its_end_at_once() {
+    let broker = Faulty::new(7);
+    let hub = hub(&broker, |settings| settings.audit.interval = Duration::from_secs(3600));
+    let mut cursors = vec![];
+    for filter in FILTERS {
+        cursors.push(subscribe(&hub, filter, from(StartAt::Now)).await.1);
+    }
+    // The check of a new feed is over.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Nothing here yields: no feed gets to run before all are published.
+    for _ in 0..3000 {
+        broker.inner().publish(publication("a.0")).await.unwrap();
+    }
+    for (filter, cursor) in FILTERS.iter().zip(&mut cursors).filter(|(filter, _)| **filter != "c") {
+        assert_eq!(take(cursor, 3000).await.len(), 3000, "{filter}");
     }
 }
 
