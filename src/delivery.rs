@@ -17,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
-    hub::{Cursor, Opening, jittered},
+    hub::{Cursor, Frame, Opening, jittered},
     metrics::Metrics,
     shutdown::Tasks,
-    sse::{self, Frame},
+    sse,
 };
 
 /// How much a client that does not read holds in the kernel, beyond what it has not acknowledged, in bytes. Without it:
@@ -193,19 +193,14 @@ impl Delivery {
     async fn write(&mut self, frames: Vec<Frame>) -> Result<(), End> {
         let mut frames = VecDeque::from(frames);
         while !frames.is_empty() {
-            let pieces: Vec<_> = frames.iter().take(PIECES_MAX).map(|frame| IoSlice::new(&frame.bytes)).collect();
+            let pieces =
+                frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]).filter(|piece| !piece.is_empty());
+            let pieces: Vec<_> = pieces.take(PIECES_MAX).map(|piece| IoSlice::new(piece)).collect();
             match self.socket.try_write_vectored(&pieces) {
-                Ok(mut written) => {
+                Ok(written) => {
                     self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
-                    while let Some(frame) = frames.front_mut() {
-                        if written < frame.bytes.len() {
-                            frame.bytes.advance(written);
-                            break;
-                        }
-                        written -= frame.bytes.len();
-                        frames.pop_front();
-                        self.deliveries.metrics.events_delivered.inc();
-                    }
+                    let whole = take_off(&mut frames, written);
+                    self.deliveries.metrics.events_delivered.inc_by(whole);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     frames.truncate(1);
@@ -247,6 +242,24 @@ impl Delivery {
             }
         }
     }
+}
+
+/// Takes what was written off the front of `frames`, and says how many of them that was to the end.
+fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> u64 {
+    let mut whole = 0;
+    while let Some(frame) = frames.front_mut() {
+        for piece in [&mut frame.id_line, &mut frame.block] {
+            let part = piece.len().min(written);
+            piece.advance(part);
+            written -= part;
+        }
+        if !frame.block.is_empty() {
+            break;
+        }
+        frames.pop_front();
+        whole += 1;
+    }
+    whole
 }
 
 /// Resolves when the client has closed its side. Whatever else it sends is ignored, up to a bound.

@@ -59,6 +59,7 @@ pub mod gateway;
 pub mod http;
 pub mod hub;
 pub mod metrics;
+pub mod position;
 pub mod shutdown;
 pub mod sse;
 pub mod subject;

@@ -5,7 +5,7 @@
 //! travel as LF. And a block with an `id:` but no `data:` sets the reader's last event id without dispatching anything,
 //! so that positions can travel without events.
 
-use std::time::Duration;
+use std::{fmt::Display, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -25,13 +25,12 @@ pub enum Format {
     Json,
 }
 
-/// One block of the stream, ready to be written, and the position that it leaves its reader at.
+/// One block of the stream, ready to be written: its `id:` line first, its blank line last.
 #[derive(Clone, Debug)]
-pub struct Frame {
-    /// The sequence in the frame's `id:`.
-    pub sequence: u64,
-    /// The whole block, its blank line included.
+pub struct Block {
     pub bytes: Bytes,
+    /// How long the `id:` line is. A reader of several filters gets another in its place.
+    pub id_bytes: usize,
 }
 
 /// Why some events that a reader was owed are missing.
@@ -58,20 +57,19 @@ impl GapReason {
     }
 }
 
-/// The frame of one event.
-pub fn event(epoch: Epoch, event: &Event, format: Format) -> Frame {
+/// The block of one event.
+pub fn event(epoch: Epoch, event: &Event, format: Format) -> Block {
     let id = EventId { epoch, sequence: event.sequence };
-    let bytes = match (format, std::str::from_utf8(&event.payload)) {
+    match (format, std::str::from_utf8(&event.payload)) {
         (Format::Raw, Ok(text)) => raw(&id, event, text),
         (Format::Raw, Err(_)) => block(&id, Some("tidegate.binary"), &json(&id, event)),
         (Format::Json, _) => block(&id, None, &json(&id, event)),
-    };
-    Frame { sequence: event.sequence, bytes }
+    }
 }
 
-/// The frame that says which events can't be delivered: those after `requested`, up to and including `resumed`.
+/// The block that says which events can't be delivered: those after `requested`, up to and including `resumed`.
 /// `requested` is what the client sent where that was no id of ours.
-pub fn gap(requested: &str, resumed: EventId, reason: GapReason) -> Frame {
+pub fn gap(requested: &str, resumed: &dyn Display, reason: GapReason) -> Block {
     #[derive(Serialize)]
     struct Gap<'a> {
         requested: &'a str,
@@ -80,17 +78,22 @@ pub fn gap(requested: &str, resumed: EventId, reason: GapReason) -> Frame {
     }
     let data = Gap { requested, resumed: resumed.to_string(), reason: reason.as_str() };
     let data = serde_json::to_string(&data).expect("strings and a unit enum always serialize");
-    Frame { sequence: resumed.sequence, bytes: block(&resumed, Some("tidegate.gap"), &data) }
+    block(resumed, Some("tidegate.gap"), &data)
 }
 
 /// A block that moves the reader's position and dispatches nothing.
-pub fn position(id: &EventId) -> Bytes {
+pub fn position(id: &dyn Display) -> Bytes {
     format!("id: {id}\n\n").into()
+}
+
+/// The line that stands in the place of a block's own `id:`.
+pub fn id_line(id: &dyn Display) -> Bytes {
+    format!("id: {id}\n").into()
 }
 
 /// The first bytes of every stream: how long to wait before reconnecting, and, unless a gap that says it follows, the
 /// position before the first event owed.
-pub fn opening(retry: Duration, position: Option<&EventId>) -> Bytes {
+pub fn opening(retry: Duration, position: Option<&dyn Display>) -> Bytes {
     match position {
         Some(id) => format!("retry: {}\nid: {id}\n\n", retry.as_millis()).into(),
         None => format!("retry: {}\n\n", retry.as_millis()).into(),
@@ -104,11 +107,12 @@ pub fn farewell(retry: Duration, why: &str) -> Bytes {
     format!("retry: {}\n: {why}\n\n", retry.as_millis()).into()
 }
 
-fn raw(id: &EventId, event: &Event, text: &str) -> Bytes {
+fn raw(id: &EventId, event: &Event, text: &str) -> Block {
     let mut out = String::with_capacity(64 + text.len() + text.len() / 16);
     out.push_str("id: ");
     out.push_str(&id.to_string());
     out.push('\n');
+    let id_bytes = out.len();
     if let Some(kind) = &event.kind {
         out.push_str("event: ");
         out.push_str(kind.as_str());
@@ -125,15 +129,17 @@ fn raw(id: &EventId, event: &Event, text: &str) -> Bytes {
         rest = &rest[end + ending..];
     }
     out.push('\n');
-    out.into()
+    Block { bytes: out.into(), id_bytes }
 }
 
 /// A block with one line of data.
-fn block(id: &EventId, kind: Option<&str>, data: &str) -> Bytes {
-    match kind {
-        Some(kind) => format!("id: {id}\nevent: {kind}\ndata: {data}\n\n").into(),
-        None => format!("id: {id}\ndata: {data}\n\n").into(),
-    }
+fn block(id: &dyn Display, kind: Option<&str>, data: &str) -> Block {
+    let id_line = format!("id: {id}\n");
+    let bytes = match kind {
+        Some(kind) => format!("{id_line}event: {kind}\ndata: {data}\n\n").into(),
+        None => format!("{id_line}data: {data}\n\n").into(),
+    };
+    Block { bytes, id_bytes: id_line.len() }
 }
 
 /// The event as one line of JSON: `{"id","subject","time","type","data"}`, with `data_base64` in place of `data` where

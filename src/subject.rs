@@ -119,6 +119,18 @@ impl Filter {
         theirs.next().is_none()
     }
 
+    /// The fewest of `filters` that match what all of them do together: each that another covers is left out.
+    pub fn fold(filters: Vec<Filter>) -> Vec<Filter> {
+        let mut folded: Vec<Filter> = vec![];
+        for filter in filters {
+            if !folded.iter().any(|other| other.covers(&filter)) {
+                folded.retain(|other| !filter.covers(other));
+                folded.push(filter);
+            }
+        }
+        folded
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -239,6 +251,16 @@ mod tests {
                 Ok(())
             })
             .unwrap();
+    }
+
+    #[test]
+    fn folding_leaves_what_nothing_else_covers() {
+        let fold = |texts: &[&str]| {
+            let folded = Filter::fold(texts.iter().map(|text| Filter::parse(text).unwrap()).collect());
+            folded.iter().map(|filter| filter.as_str().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(fold(&["a.b", "a.*", "a.b", "c", "a.>"]), ["c", "a.>"]);
+        assert_eq!(fold(&["a.*", "*.b"]), ["a.*", "*.b"]);
     }
 
     #[test]

@@ -13,54 +13,49 @@ use super::{
 };
 use crate::{
     config::parse_duration,
-    event::EventId,
     hub::{Start, StartAt},
     sse::Format,
     subject::Filter,
 };
 
-/// How much of a `Last-Event-ID` is looked at, and said again in a gap. None of ours is longer.
-const ID_CHARS_MAX: usize = 256;
+/// How much of a `Last-Event-ID` is looked at. None of ours is longer.
+const ID_CHARS_MAX: usize = 16 * 1024;
 
 /// `GET /events/{filter}`
 pub async fn filter_in_path(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
     let wish = Query::parse(&request, &["from", "format", "lastEventId"]).and_then(|query| {
         let filter = parse_filter(&subject_in_path(&request)?)?;
-        Wish::read(filter, &query, &request)
+        Wish::read(vec![filter], &query, &request)
     });
     respond(&app, &request, wish).await
 }
 
-/// `GET /events?subject={filter}`
+/// `GET /events?subject={filter}`, once or several times
 pub async fn filters_in_query(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
     let wish = Query::parse(&request, &["subject", "from", "format", "lastEventId"]).and_then(|query| {
-        let mut filters = query.all("subject");
-        let filter = match (filters.next(), filters.next()) {
-            (Some(filter), None) => parse_filter(filter)?,
-            (Some(_), Some(_)) => {
-                let detail = "one connection takes one filter; a wildcard such as orders.* or orders.> may do";
-                return Err(ApiError::new(Code::TooManyFilters, detail));
-            }
-            (None, _) => {
-                let detail =
-                    "say what to stream, as in /events/orders.eu, /events/orders.> or /events?subject=orders.*";
-                return Err(ApiError::new(Code::MissingSubject, detail));
-            }
-        };
-        Wish::read(filter, &query, &request)
+        let filters = query.all("subject").map(parse_filter).collect::<Result<Vec<_>, _>>()?;
+        if filters.is_empty() {
+            let detail = "say what to stream, as in /events/orders.eu, /events/orders.> or /events?subject=orders.*";
+            return Err(ApiError::new(Code::MissingSubject, detail));
+        }
+        if filters.len() > app.limits.filters {
+            let detail = format!("one connection takes at most {} filters, not {}", app.limits.filters, filters.len());
+            return Err(ApiError::new(Code::TooManyFilters, detail));
+        }
+        Wish::read(Filter::fold(filters), &query, &request)
     });
     respond(&app, &request, wish).await
 }
 
 /// What a client asks for.
 struct Wish {
-    filter: Filter,
+    filters: Vec<Filter>,
     start: Start,
     format: Format,
 }
 
 impl Wish {
-    fn read(filter: Filter, query: &Query, request: &HttpRequest) -> Result<Wish, ApiError> {
+    fn read(filters: Vec<Filter>, query: &Query, request: &HttpRequest) -> Result<Wish, ApiError> {
         let at = match query.one("from")? {
             Some(text) => parse_start(text)?,
             None => StartAt::Now,
@@ -78,7 +73,7 @@ impl Wish {
         // Empty is what an EventSource has before its first id.
         let last_event_id = header.into_iter().chain(parameter).find(|id| !id.is_empty());
         let last_event_id = last_event_id.map(|id| id.chars().take(ID_CHARS_MAX).collect());
-        Ok(Wish { filter, start: Start { last_event_id, at }, format })
+        Ok(Wish { filters, start: Start { last_event_id, at }, format })
     }
 }
 
@@ -96,8 +91,8 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish) -> Result<HttpRespon
     }
     let admission = app.deliveries.admit().ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
     let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
-    let Wish { filter, start, format } = wish;
-    let (opening, cursor) = app.hub.subscribe(&filter, start, format).await?;
+    let Wish { filters, start, format } = wish;
+    let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
     let handoff = Handoff::new(slot, move |socket| {
         if let Err(error) = admission.deliver(socket, opening, cursor) {
             tracing::warn!(%error, "a stream's socket could not be taken over");
@@ -129,14 +124,10 @@ fn parse_start(text: &str) -> Result<StartAt, ApiError> {
     match text {
         "now" => Ok(StartAt::Now),
         "first" => Ok(StartAt::First),
-        _ => text
-            .parse::<EventId>()
-            .map(StartAt::After)
-            .ok()
-            .or_else(|| text.parse().ok().map(StartAt::Time))
-            .ok_or_else(|| {
-                let detail = "from is now, first, an event id, a time such as 2026-01-31T12:00:00Z, or how long ago, such as -15m";
-                ApiError::new(Code::InvalidParameter, detail)
-            }),
+        _ => text.parse().map(StartAt::After).ok().or_else(|| text.parse().ok().map(StartAt::Time)).ok_or_else(|| {
+            let detail =
+                "from is now, first, an event id, a time such as 2026-01-31T12:00:00Z, or how long ago, such as -15m";
+            ApiError::new(Code::InvalidParameter, detail)
+        }),
     }
 }

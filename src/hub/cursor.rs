@@ -1,47 +1,93 @@
-//! One client's place in a feed. Ahead of the log it waits; in the log it takes everything available; behind the log it
-//! reads history until it is inside again. Keeps a place, not a queue: what a client has not taken is not kept for it.
+//! One client's place in its feeds. Ahead of a log it waits; in a log it takes everything available; behind a log it
+//! reads history until it is inside again. Keeps places, not a queue: what a client has not taken is not kept for it.
+//!
+//! # Several filters
+//! Each has a place of its own, and every frame's id tells them all ([`Position`]). An event that two filters match is
+//! handed over once: it is skipped at a place if another filter that matches it stands at or past it. Frames come from
+//! one place at a time, so that they can be given back.
 
 use std::collections::VecDeque;
 
-use futures_util::{FutureExt, future::BoxFuture};
+use bytes::Bytes;
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, select_all},
+};
 use tokio::sync::watch;
 
 use super::{
     Hub,
     backoff::Backoff,
     feed::{Reader, Take},
-    resume,
+    resume::{self, Found, StartAt},
 };
 use crate::{
     broker::{From, Page, Read},
-    event::EventId,
-    sse::{self, Format, Frame, GapReason},
+    event::{Epoch, Event},
+    position::{Position, Tag},
+    sse::{self, Block, Format, GapReason},
+    subject::Subject,
 };
 
 pub struct Cursor {
-    reader: Reader,
-    moved: watch::Receiver<()>,
+    hub: Hub,
+    epoch: Epoch,
     format: Format,
-    /// Everything up to here has been handed over, or is known not to exist.
-    position: EventId,
-    /// Frames of a page that were not handed over yet.
-    ahead: VecDeque<Frame>,
-    /// Where the page that they came from proves its reader to be after them.
-    ahead_proven: u64,
+    places: Vec<Place>,
+    /// The place that the last frames came from.
+    turn: usize,
     /// What is being fetched. Kept here, so that [`Cursor::next`] can be dropped and called again.
     fetching: Option<BoxFuture<'static, Fetched>>,
 }
 
+/// A place in one feed.
+pub(super) struct Place {
+    pub reader: Reader,
+    moved: watch::Receiver<()>,
+    tag: Tag,
+    /// Everything up to here has been handed over, or is known not to exist.
+    pub position: u64,
+    /// Events of a page that were not handed over yet.
+    pub ahead: VecDeque<Event>,
+    /// Where the page that they came from proves its reader to be after them.
+    pub ahead_proven: u64,
+}
+
+/// One block for one client.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    pub sequence: u64,
+    /// The `id:` line of a reader of several filters; else empty, and the line is in `block`.
+    pub id_line: Bytes,
+    pub block: Bytes,
+}
+
 enum Fetched {
-    Page(Page),
-    /// The feed was closed; this is the place in the one that follows it, and what is missing in between.
-    Moved(Reader, EventId, Option<Frame>),
+    /// A page for one of the places.
+    Page(usize, Page),
+    /// A feed was closed; this is where to go on in those that follow.
+    Moved(Found),
+}
+
+impl Place {
+    pub(super) fn new(reader: Reader, position: u64) -> Place {
+        let moved = reader.feed.moved();
+        Place { moved, tag: Place::tag(&reader), reader, position, ahead: VecDeque::new(), ahead_proven: 0 }
+    }
+
+    pub(super) fn tag(reader: &Reader) -> Tag {
+        Tag::of(&reader.feed.filter)
+    }
+
+    /// How far its reader may say that it is.
+    fn settled(&self) -> u64 {
+        if self.ahead.is_empty() { self.reader.feed.settled(self.position) } else { self.position }
+    }
 }
 
 impl Cursor {
-    pub(super) fn new(reader: Reader, position: EventId, format: Format, ahead: VecDeque<Frame>) -> Cursor {
-        let moved = reader.feed.moved();
-        Cursor { reader, moved, format, position, ahead, ahead_proven: 0, fetching: None }
+    pub(super) fn new(hub: Hub, epoch: Epoch, format: Format, places: Vec<Place>) -> Cursor {
+        Cursor { hub, epoch, format, places, turn: 0, fetching: None }
     }
 
     /// Waits for the next frames: at least one, and at most a write's worth, unless a single one is larger.
@@ -49,105 +95,202 @@ impl Cursor {
     /// May be dropped at any await and called again; nothing is lost or repeated.
     pub async fn next(&mut self) -> Vec<Frame> {
         loop {
-            if let Some(fetching) = &mut self.fetching {
-                let fetched = fetching.await;
+            let frames = self.take();
+            if !frames.is_empty() {
+                return frames;
+            }
+            if let Some(fetched) = self.wait().await {
                 self.fetching = None;
                 if let Some(gap) = self.arrive(fetched) {
                     return vec![gap];
                 }
             }
-            if !self.ahead.is_empty() {
-                return self.take_ahead();
-            }
-            // Seen before looking, so that what moves after the look wakes us.
-            self.moved.mark_unchanged();
-            let hub = &self.reader.hub;
-            match self.reader.feed.take(self.position.sequence, self.format, hub.0.settings.write_bytes) {
-                Take::Frames(frames) => {
-                    self.position.sequence = frames.last().expect("at least one frame").sequence;
-                    return frames;
-                }
-                // The feed lives as long as `reader`, so its sender does.
-                Take::Nothing { .. } => self.moved.changed().await.expect("the feed is kept by its reader"),
-                Take::Behind => self.fetching = Some(self.read_history()),
-                Take::Closed => self.fetching = Some(self.resume()),
-            }
         }
     }
 
-    /// Gives back what was handed over after `sequence` and can't be delivered now: it will come again. Lets go of
-    /// everything that was read ahead, so that a client that does not read costs no more than an idle one.
+    /// Gives back what was handed over last, after `sequence`, and can't be delivered now: it will come again. Lets go
+    /// of everything that was read ahead, so that a client that does not read costs no more than an idle one.
     pub fn give_back_after(&mut self, sequence: u64) {
-        self.position.sequence = self.position.sequence.min(sequence);
-        self.ahead.clear();
+        let place = &mut self.places[self.turn];
+        place.position = place.position.min(sequence);
+        self.places.iter_mut().for_each(|place| place.ahead.clear());
     }
 
     /// The position to tell a client that has been handed everything there is, if it has moved without an event.
-    pub fn quiet_position(&mut self) -> Option<EventId> {
-        let at_rest = self.fetching.is_none() && self.ahead.is_empty();
-        match self.reader.feed.take(self.position.sequence, self.format, 0) {
-            Take::Nothing { proven } if at_rest && proven > self.position.sequence => {
-                self.position.sequence = proven;
-                Some(self.position)
-            }
-            _ => None,
+    pub fn quiet_position(&mut self) -> Option<Position> {
+        let settled = self.places.iter().map(Place::settled).min().expect("there is at least one place");
+        let mut moved = false;
+        for place in &mut self.places {
+            moved |= place.position < settled;
+            place.position = place.position.max(settled);
         }
+        moved.then(|| self.position())
     }
 
-    fn take_ahead(&mut self) -> Vec<Frame> {
-        let bytes_max = self.reader.hub.0.settings.write_bytes;
-        let mut bytes = 0;
-        let mut frames = vec![];
-        while let Some(frame) = self.ahead.front() {
-            if !frames.is_empty() && bytes + frame.bytes.len() > bytes_max {
-                break;
+    /// Where the client stands.
+    pub(super) fn position(&self) -> Position {
+        let base = self.places.iter().map(|place| place.position).min().expect("there is at least one place");
+        Position::new(self.epoch, base, self.places.iter().map(|place| (place.tag, place.position)))
+    }
+
+    /// What is there to be taken, from the first place in turn that has something. Begins to fetch what a place needs.
+    fn take(&mut self) -> Vec<Frame> {
+        let count = self.places.len();
+        let first = self.turn + 1;
+        for number in (first..first + count).map(|number| number % count) {
+            // Seen before looking, so that what moves after the look wakes us.
+            self.places[number].moved.mark_unchanged();
+            while let Some(blocks) = self.take_at(number) {
+                if !blocks.is_empty() {
+                    self.turn = number;
+                    return self.frames(number, blocks);
+                }
             }
-            bytes += frame.bytes.len();
-            frames.extend(self.ahead.pop_front());
         }
-        let last = frames.last().expect("`ahead` is not empty").sequence;
-        self.position.sequence = if self.ahead.is_empty() { last.max(self.ahead_proven) } else { last };
-        frames
+        vec![]
+    }
+
+    /// What comes next at one place, perhaps all of it skipped; `None` when there is nothing.
+    fn take_at(&mut self, number: usize) -> Option<Vec<(u64, Block)>> {
+        let place = &self.places[number];
+        let bytes_max = self.hub.0.settings.write_bytes;
+        if !place.ahead.is_empty() {
+            return Some(self.take_ahead(number));
+        }
+        let skips = |subject: &Subject, sequence| self.skips(number, subject, sequence);
+        match place.reader.feed.take(place.position, self.format, bytes_max, skips) {
+            Take::Blocks { blocks, reached } => {
+                self.places[number].position = reached;
+                return Some(blocks);
+            }
+            Take::Nothing => {}
+            Take::Behind if self.fetching.is_none() => self.fetching = Some(self.read_history(number)),
+            Take::Behind => {}
+            Take::Closed => self.fetching = Some(self.resume()),
+        }
+        None
+    }
+
+    fn take_ahead(&mut self, number: usize) -> Vec<(u64, Block)> {
+        let bytes_max = self.hub.0.settings.write_bytes;
+        let (mut blocks, mut bytes) = (vec![], 0);
+        while let Some(event) = self.places[number].ahead.front() {
+            let sequence = event.sequence;
+            if !self.skips(number, &event.subject, sequence) {
+                let block = sse::event(self.epoch, event, self.format);
+                if !blocks.is_empty() && bytes + block.bytes.len() > bytes_max {
+                    break;
+                }
+                bytes += block.bytes.len();
+                blocks.push((sequence, block));
+            }
+            let place = &mut self.places[number];
+            place.ahead.pop_front();
+            place.position = sequence;
+        }
+        let place = &mut self.places[number];
+        if place.ahead.is_empty() {
+            place.position = place.position.max(place.ahead_proven);
+        }
+        blocks
+    }
+
+    /// Whether an event at one place has been handed over at another.
+    fn skips(&self, number: usize, subject: &Subject, sequence: u64) -> bool {
+        let others = self.places.iter().enumerate().filter(|(other, _)| *other != number);
+        others.into_iter().any(|(_, other)| other.position >= sequence && other.reader.feed.filter.matches(subject))
+    }
+
+    /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
+    fn frames(&self, number: usize, blocks: Vec<(u64, Block)>) -> Vec<Frame> {
+        if self.places.len() == 1 {
+            let frame = |(sequence, block): (u64, Block)| Frame { sequence, id_line: Bytes::new(), block: block.bytes };
+            return blocks.into_iter().map(frame).collect();
+        }
+        // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
+        // base that is as high as it can be.
+        let others = || self.places.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, place)| place);
+        let first = blocks.first().map_or(0, |(sequence, _)| *sequence);
+        let base = others().map(Place::settled).min().unwrap_or(0).min(first);
+        let frame = |(sequence, block): (u64, Block)| {
+            let this = (self.places[number].tag, sequence);
+            let others = others().map(|place| (place.tag, place.position));
+            let position = Position::new(self.epoch, base, others.chain([this]));
+            Frame { sequence, id_line: sse::id_line(&position), block: block.bytes.slice(block.id_bytes..) }
+        };
+        blocks.into_iter().map(frame).collect()
+    }
+
+    /// Waits until there may be something to take, or what is being fetched has arrived.
+    async fn wait(&mut self) -> Option<Fetched> {
+        match (&mut self.fetching, &mut *self.places) {
+            (Some(fetching), [_]) => Some(fetching.await),
+            // A feed lives as long as its reader, so its sender does.
+            (None, [only]) => {
+                only.moved.changed().await.expect("the feed is kept by its reader");
+                None
+            }
+            (fetching, several) => {
+                let moved = select_all(several.iter_mut().map(|place| Box::pin(place.moved.changed())));
+                let fetched = async {
+                    match fetching {
+                        Some(fetching) => fetching.await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    fetched = fetched => Some(fetched),
+                    _ = moved => None,
+                }
+            }
+        }
     }
 
     /// Takes over what was fetched. A gap goes alone, so that nothing after it is ever given back across it.
     fn arrive(&mut self, fetched: Fetched) -> Option<Frame> {
         match fetched {
-            Fetched::Moved(reader, position, gap) => {
-                self.moved = reader.feed.moved();
-                self.reader = reader;
-                self.position = position;
-                gap
+            Fetched::Moved(Found { epoch, places, gap }) => {
+                (self.epoch, self.places, self.turn) = (epoch, places, 0);
+                gap.map(|(requested, reason)| self.gap(&requested, reason))
             }
-            Fetched::Page(page) if page.epoch != self.position.epoch => {
-                self.reader.retire();
+            Fetched::Page(number, page) if page.epoch != self.epoch => {
+                self.places[number].reader.retire();
                 None
             }
-            Fetched::Page(page) => {
-                let EventId { epoch, sequence } = self.position;
-                let gap = (page.first > sequence + 1).then(|| {
-                    let resumed = EventId { epoch, sequence: page.first - 1 };
-                    self.reader.hub.gap(&self.position.to_string(), resumed, GapReason::Expired)
-                });
-                let kept = page.events.iter().filter(|event| event.sequence >= page.first);
-                self.ahead = kept.map(|event| sse::event(epoch, event, self.format)).collect();
-                self.ahead_proven = page.proven;
-                let resumed = gap.as_ref().map_or(sequence, |gap| gap.sequence);
-                self.position.sequence = if self.ahead.is_empty() { resumed.max(page.proven) } else { resumed };
-                gap
+            Fetched::Page(number, page) => {
+                let before = self.position();
+                let place = &mut self.places[number];
+                let expired = page.first > place.position + 1;
+                if expired {
+                    place.position = page.first - 1;
+                }
+                let kept = page.events.into_iter().filter(|event| event.sequence > place.position);
+                place.ahead = kept.collect();
+                place.ahead_proven = page.proven;
+                if place.ahead.is_empty() {
+                    place.position = place.position.max(page.proven);
+                }
+                self.turn = number;
+                expired.then(|| self.gap(&before.to_string(), GapReason::Expired))
             }
         }
     }
 
-    fn read_history(&self) -> BoxFuture<'static, Fetched> {
-        let hub = self.reader.hub.clone();
-        let filter = self.reader.feed.filter.clone();
-        let from = From::After(self.position.sequence);
+    /// The gap from `requested` to where the client stands now.
+    fn gap(&self, requested: &str, reason: GapReason) -> Frame {
+        let block = self.hub.gap(requested, &self.position(), reason);
+        Frame { sequence: self.places[self.turn].position, id_line: Bytes::new(), block: block.bytes }
+    }
+
+    fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {
+        let hub = self.hub.clone();
+        let filter = self.places[number].reader.feed.filter.clone();
+        let from = From::After(self.places[number].position);
         async move {
             let mut backoff = Backoff::new();
             loop {
                 match hub.read_history(Read { filter: filter.clone(), from, until: 0 }).await {
-                    Ok(page) => return Fetched::Page(page),
+                    Ok(page) => return Fetched::Page(number, page),
                     Err(error) => tracing::debug!(%filter, %error, "reading history failed"),
                 }
                 backoff.wait().await;
@@ -157,15 +300,15 @@ impl Cursor {
     }
 
     fn resume(&self) -> BoxFuture<'static, Fetched> {
-        let hub: Hub = self.reader.hub.clone();
-        let filter = self.reader.feed.filter.clone();
-        let (position, format) = (self.position, self.format);
+        let hub = self.hub.clone();
+        let filters: Vec<_> = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
+        let position = self.position();
         async move {
             let mut backoff = Backoff::new();
             loop {
-                match resume::again(hub.clone(), filter.clone(), position, format).await {
-                    Ok((reader, position, gap)) => return Fetched::Moved(reader, position, gap),
-                    Err(error) => tracing::debug!(%filter, %error, "resuming failed"),
+                match resume::after(&hub, &filters, position.clone(), StartAt::Now).await {
+                    Ok(found) => return Fetched::Moved(found),
+                    Err(error) => tracing::debug!(%error, "resuming failed"),
                 }
                 backoff.wait().await;
             }

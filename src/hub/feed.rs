@@ -29,7 +29,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use tokio::{
@@ -41,8 +40,8 @@ use super::{Hub, backoff::Backoff};
 use crate::{
     broker::{BrokerError, From, Hint, Hints, Page, Read},
     event::{Epoch, Event, EventId},
-    sse::{self, Format, Frame, GapReason},
-    subject::Filter,
+    sse::{self, Block, Format, GapReason},
+    subject::{Filter, Subject},
 };
 
 /// Hints taken in one go before readers are woken.
@@ -86,20 +85,21 @@ enum Content {
     /// Encoded when first asked for in a format, and never again.
     Event {
         event: Event,
-        raw: Option<Bytes>,
-        json: Option<Bytes>,
+        raw: Option<Block>,
+        json: Option<Block>,
     },
-    Gap(Bytes),
+    Gap(Block),
 }
 
 /// What a reader finds at its place.
 pub(super) enum Take {
-    /// These are next; the reader is now at the last of them.
-    Frames(Vec<Frame>),
-    /// Nothing yet, and everything up to here is proven.
-    Nothing {
-        proven: u64,
+    /// These are next, each with its sequence; everything up to `reached` has been looked at.
+    Blocks {
+        blocks: Vec<(u64, Block)>,
+        reached: u64,
     },
+    /// Nothing yet.
+    Nothing,
     /// The log has forgotten what is next.
     Behind,
     Closed,
@@ -201,8 +201,14 @@ impl Feed {
         }
     }
 
-    /// What comes after `position`, at most `bytes_max` of it, but at least one frame.
-    pub(super) fn take(&self, position: u64, format: Format, bytes_max: usize) -> Take {
+    /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
+    pub(super) fn take(
+        &self,
+        position: u64,
+        format: Format,
+        bytes_max: usize,
+        skips: impl Fn(&Subject, u64) -> bool,
+    ) -> Take {
         let epoch = *self.epoch.get().expect("a feed is read only once it has started");
         let mut log = self.log();
         if log.closed {
@@ -211,18 +217,29 @@ impl Feed {
         if position < log.base {
             return Take::Behind;
         }
-        let next = log.entries.partition_point(|entry| entry.sequence <= position);
-        let mut frames = vec![];
-        let mut bytes = 0;
-        for entry in log.entries.range_mut(next..).filter(|entry| !entry.has_expired()) {
-            let frame = entry.frame(epoch, format);
-            if !frames.is_empty() && bytes + frame.bytes.len() > bytes_max {
+        let next = log.after(position);
+        let (mut blocks, mut bytes, mut reached) = (vec![], 0, position);
+        for entry in log.entries.range_mut(next..) {
+            if entry.has_expired() || entry.subject().is_some_and(|subject| skips(subject, entry.sequence)) {
+                reached = entry.sequence;
+                continue;
+            }
+            let block = entry.block(epoch, format);
+            if !blocks.is_empty() && bytes + block.bytes.len() > bytes_max {
                 break;
             }
-            bytes += frame.bytes.len();
-            frames.push(frame);
+            bytes += block.bytes.len();
+            reached = entry.sequence;
+            blocks.push((entry.sequence, block));
         }
-        if frames.is_empty() { Take::Nothing { proven: log.proven } } else { Take::Frames(frames) }
+        if reached == position { Take::Nothing } else { Take::Blocks { blocks, reached } }
+    }
+
+    /// How far a reader at `position` may say that it is: up to what is proven, if nothing lies in between.
+    pub(super) fn settled(&self, position: u64) -> u64 {
+        let log = self.log();
+        let at_rest = !log.closed && position >= log.base && log.after(position) == log.entries.len();
+        if at_rest { log.proven.max(position) } else { position }
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -355,8 +372,8 @@ impl Feed {
                 let resumed = EventId { epoch, sequence: page.first - 1 };
                 let requested = EventId { epoch, sequence: log.proven }.to_string();
                 hub.0.metrics.gaps.with_label_values(&["expired"]).inc();
-                let gap = sse::gap(&requested, resumed, GapReason::Expired);
-                log.append(Content::Gap(gap.bytes), gap.sequence);
+                let gap = sse::gap(&requested, &resumed, GapReason::Expired);
+                log.append(Content::Gap(gap), resumed.sequence);
             }
             for event in page.events {
                 let sequence = event.sequence;
@@ -394,6 +411,11 @@ impl Doubt {
 }
 
 impl Log {
+    /// The index of the first entry after `position`.
+    fn after(&self, position: u64) -> usize {
+        self.entries.partition_point(|entry| entry.sequence <= position)
+    }
+
     fn append(&mut self, content: Content, sequence: u64) {
         let bytes = ENTRY_OVERHEAD_BYTES + content.bytes();
         self.bytes += bytes;
@@ -428,18 +450,24 @@ impl Entry {
         }
     }
 
-    fn frame(&mut self, epoch: Epoch, format: Format) -> Frame {
-        let bytes = match &mut self.content {
-            Content::Gap(bytes) => bytes.clone(),
+    fn subject(&self) -> Option<&Subject> {
+        match &self.content {
+            Content::Event { event, .. } => Some(&event.subject),
+            Content::Gap(_) => None,
+        }
+    }
+
+    fn block(&mut self, epoch: Epoch, format: Format) -> Block {
+        match &mut self.content {
+            Content::Gap(block) => block.clone(),
             Content::Event { event, raw, json } => {
                 let encoded = match format {
                     Format::Raw => raw,
                     Format::Json => json,
                 };
-                encoded.get_or_insert_with(|| sse::event(epoch, event, format).bytes).clone()
+                encoded.get_or_insert_with(|| sse::event(epoch, event, format)).clone()
             }
-        };
-        Frame { sequence: self.sequence, bytes }
+        }
     }
 }
 
@@ -451,7 +479,7 @@ impl Content {
     fn bytes(&self) -> usize {
         match self {
             Content::Event { event, .. } => 2 * event.payload.len(),
-            Content::Gap(bytes) => bytes.len(),
+            Content::Gap(block) => block.bytes.len(),
         }
     }
 }

@@ -26,7 +26,7 @@ use self::{
     feed::{Feed, Reader},
 };
 pub use self::{
-    cursor::Cursor,
+    cursor::{Cursor, Frame},
     resume::{Opening, Start, StartAt},
 };
 use crate::{
@@ -96,17 +96,18 @@ impl Hub {
         hub
     }
 
-    /// Begins to read: a cursor at the place that `start` asks for, and what its client must be told first.
+    /// Begins to read these filters, of which there is at least one and none covers another: a cursor at the place that
+    /// `start` asks for, and what its client must be told first.
     ///
     /// # Errors
     /// When the broker can't be asked where that is.
     pub async fn subscribe(
         &self,
-        filter: &Filter,
+        filters: &[Filter],
         start: Start,
         format: Format,
     ) -> Result<(Opening, Cursor), BrokerError> {
-        resume::subscribe(self, filter, start, format).await
+        resume::subscribe(self, filters, start, format).await
     }
 
     /// The feed of `filter`, made if there is none, and kept at least as long as the reader that comes back. It may

@@ -1,5 +1,5 @@
-//! Where a stream begins: turns what a client asks for into a position, and what it must be told before its first
-//! event.
+//! Where a stream begins: turns what a client asks for into a place in each of its feeds, and what it must be told
+//! before its first event.
 //!
 //! ```text
 //! id of this epoch, at or below U            -> after it (from the log, or from history)
@@ -13,13 +13,21 @@ use std::collections::VecDeque;
 
 use jiff::Timestamp;
 
-use super::{Hub, cursor::Cursor, feed::Reader};
+use super::{
+    Hub,
+    cursor::{Cursor, Place},
+    feed::Reader,
+};
 use crate::{
     broker::{BrokerError, From, Read},
-    event::{Epoch, EventId},
-    sse::{self, Format, Frame, GapReason},
+    event::{Epoch, Event},
+    position::Position,
+    sse::{self, Block, Format, GapReason},
     subject::Filter,
 };
+
+/// How much of an id that is none of ours is said again.
+const REQUESTED_CHARS_MAX: usize = 256;
 
 /// What a client asks for: to resume, or else to begin somewhere.
 #[derive(Clone, Debug)]
@@ -30,14 +38,14 @@ pub struct Start {
 }
 
 /// Where a stream begins that resumes nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StartAt {
     /// With the next event.
     Now,
     /// With the oldest event still kept.
     First,
-    /// After this event.
-    After(EventId),
+    /// After this position.
+    After(Position),
     /// With the first event stored at this time or later.
     Time(Timestamp),
 }
@@ -46,143 +54,155 @@ pub enum StartAt {
 #[derive(Debug)]
 pub enum Opening {
     /// The position before the first event owed.
-    Position(EventId),
+    Position(Position),
     /// What is missing, and the position after that.
-    Gap(Frame),
+    Gap(Block),
 }
 
-/// A position, and how it was come by.
-struct Place {
-    reader: Reader,
-    opening: Opening,
-    position: EventId,
-    /// Events that were read to find the position.
-    ahead: VecDeque<Frame>,
+/// A place in every feed, and what is missing before it.
+pub(super) struct Found {
+    pub epoch: Epoch,
+    pub places: Vec<Place>,
+    pub gap: Option<(String, GapReason)>,
 }
 
 /// See [`Hub::subscribe`].
 pub(super) async fn subscribe(
     hub: &Hub,
-    filter: &Filter,
+    filters: &[Filter],
     start: Start,
     format: Format,
 ) -> Result<(Opening, Cursor), BrokerError> {
-    let place = match start.last_event_id {
-        None => begin(hub, filter, start.at, format).await?,
+    let found = match start.last_event_id {
+        None => begin(hub, filters, start.at).await?,
         Some(text) => match text.parse() {
-            Ok(id) => after(hub, filter, id, start.at, format).await?,
-            Err(_) => unknown(hub, filter, &text, start.at, format).await?,
+            Ok(position) => after(hub, filters, position, start.at).await?,
+            Err(_) => unknown(hub, filters, &text, start.at).await?,
         },
     };
-    let cursor = Cursor::new(place.reader, place.position, format, place.ahead);
-    Ok((place.opening, cursor))
-}
-
-/// Finds the place of one who was at `id`, on a feed that has been closed, or before it was.
-pub(super) async fn again(
-    hub: Hub,
-    filter: Filter,
-    id: EventId,
-    format: Format,
-) -> Result<(Reader, EventId, Option<Frame>), BrokerError> {
-    let place = after(&hub, &filter, id, StartAt::Now, format).await?;
-    let gap = match place.opening {
-        Opening::Gap(gap) => Some(gap),
-        Opening::Position(_) => None,
+    let Found { epoch, places, gap } = found;
+    let cursor = Cursor::new(hub.clone(), epoch, format, places);
+    let opening = match gap {
+        None => Opening::Position(cursor.position()),
+        Some((requested, reason)) => Opening::Gap(hub.gap(&requested, &cursor.position(), reason)),
     };
-    Ok((place.reader, place.position, gap))
+    Ok((opening, cursor))
 }
 
-async fn begin(hub: &Hub, filter: &Filter, at: StartAt, format: Format) -> Result<Place, BrokerError> {
+async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, BrokerError> {
     let from = match at {
-        StartAt::After(id) => return Box::pin(after(hub, filter, id, StartAt::Now, format)).await,
-        StartAt::Now => {
-            let (reader, epoch) = hub.started(filter).await?;
-            let sequence = reader.feed.proven();
-            return Ok(Place::plain(reader, EventId { epoch, sequence }));
-        }
-        StartAt::First => From::After(0),
-        StartAt::Time(time) => From::Time(time),
+        StartAt::After(position) => return Box::pin(after(hub, filters, position, StartAt::Now)).await,
+        StartAt::Now => None,
+        StartAt::First => Some(From::After(0)),
+        StartAt::Time(time) => Some(From::Time(time)),
     };
-    loop {
-        let (reader, epoch) = hub.started(filter).await?;
-        let page = hub.read_history(Read { filter: filter.clone(), from, until: 0 }).await?;
-        if page.epoch != epoch {
-            reader.retire();
-            continue;
+    'again: loop {
+        let (epoch, readers) = hub.started(filters).await?;
+        let mut places = vec![];
+        for reader in readers {
+            places.push(match from {
+                None => {
+                    let proven = reader.feed.proven();
+                    Place::new(reader, proven)
+                }
+                Some(from) => match begin_with(hub, epoch, reader, from).await? {
+                    Some(place) => place,
+                    None => continue 'again,
+                },
+            });
         }
-        // What expired while the page was read may leave holes below the oldest kept: begin there.
-        let kept = || page.events.iter().filter(|event| event.sequence >= page.first);
-        let position = match kept().next() {
-            Some(event) => event.sequence - 1,
-            None => page.proven.max(page.first - 1),
-        };
-        let ahead = kept().map(|event| sse::event(epoch, event, format)).collect();
-        return Ok(Place { ahead, ..Place::plain(reader, EventId { epoch, sequence: position }) });
+        return Ok(Found { epoch, places, gap: None });
     }
 }
 
-async fn after(
+/// A place before the first event that is read from there; `None` where the stream turns out to be another one.
+async fn begin_with(hub: &Hub, epoch: Epoch, reader: Reader, from: From) -> Result<Option<Place>, BrokerError> {
+    let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
+    if page.epoch != epoch {
+        reader.retire();
+        return Ok(None);
+    }
+    // What expired while the page was read may leave holes below the oldest kept: begin there.
+    let ahead: VecDeque<Event> = page.events.into_iter().filter(|event| event.sequence >= page.first).collect();
+    let position = match ahead.front() {
+        Some(event) => event.sequence - 1,
+        None => page.proven.max(page.first - 1),
+    };
+    let mut place = Place::new(reader, position);
+    (place.ahead, place.ahead_proven) = (ahead, page.proven);
+    Ok(Some(place))
+}
+
+/// The place of one who was at `position`.
+pub(super) async fn after(
     hub: &Hub,
-    filter: &Filter,
-    id: EventId,
+    filters: &[Filter],
+    position: Position,
     otherwise: StartAt,
-    format: Format,
-) -> Result<Place, BrokerError> {
+) -> Result<Found, BrokerError> {
     loop {
-        let (reader, epoch) = hub.started(filter).await?;
-        if id.epoch == epoch && id.sequence <= reader.feed.proven() {
-            return Ok(Place::plain(reader, id));
+        let (epoch, readers) = hub.started(filters).await?;
+        let mut places: Vec<_> = readers
+            .into_iter()
+            .map(|reader| {
+                let sequence = position.of(Place::tag(&reader));
+                Place::new(reader, sequence)
+            })
+            .collect();
+        let is_known = |place: &Place| place.position <= place.reader.feed.proven();
+        if position.epoch == epoch && places.iter().all(is_known) {
+            return Ok(Found { epoch, places, gap: None });
         }
         let bounds = hub.0.broker.bounds().await?;
         if bounds.epoch != epoch {
-            reader.retire();
+            places.iter().for_each(|place| place.reader.retire());
             continue;
         }
-        if id.epoch != epoch {
-            let position = EventId { epoch, sequence: bounds.first - 1 };
-            let gap = hub.gap(&id.to_string(), position, GapReason::Recreated);
-            return Ok(Place { opening: Opening::Gap(gap), ..Place::plain(reader, position) });
+        if position.epoch != epoch {
+            places.iter_mut().for_each(|place| place.position = bounds.first - 1);
+            let gap = (position.to_string(), GapReason::Recreated);
+            return Ok(Found { epoch, places, gap: Some(gap) });
         }
         // An id from the future of this node may be from another that is ahead: the leader knows.
-        if id.sequence <= bounds.last {
-            return Ok(Place::plain(reader, id));
+        if places.iter().all(|place| place.position <= bounds.last) {
+            return Ok(Found { epoch, places, gap: None });
         }
-        return unknown(hub, filter, &id.to_string(), otherwise, format).await;
+        return unknown(hub, filters, &position.to_string(), otherwise).await;
     }
 }
 
-async fn unknown(
-    hub: &Hub,
-    filter: &Filter,
-    requested: &str,
-    at: StartAt,
-    format: Format,
-) -> Result<Place, BrokerError> {
-    let place = begin(hub, filter, at, format).await?;
-    let gap = hub.gap(requested, place.position, GapReason::UnknownId);
-    Ok(Place { opening: Opening::Gap(gap), ..place })
-}
-
-impl Place {
-    fn plain(reader: Reader, position: EventId) -> Place {
-        Place { reader, opening: Opening::Position(position), position, ahead: VecDeque::new() }
-    }
+async fn unknown(hub: &Hub, filters: &[Filter], requested: &str, at: StartAt) -> Result<Found, BrokerError> {
+    let requested = requested.chars().take(REQUESTED_CHARS_MAX).collect();
+    let found = begin(hub, filters, at).await?;
+    Ok(Found { gap: Some((requested, GapReason::UnknownId)), ..found })
 }
 
 impl Hub {
-    async fn started(&self, filter: &Filter) -> Result<(Reader, Epoch), BrokerError> {
+    /// Readers of these filters' feeds, all of them about one incarnation of the stream.
+    async fn started(&self, filters: &[Filter]) -> Result<(Epoch, Vec<Reader>), BrokerError> {
         loop {
-            let reader = self.reader(filter);
-            let epoch = reader.started().await?;
-            if !reader.feed.is_closed() {
-                return Ok((reader, epoch));
+            let readers: Vec<_> = filters.iter().map(|filter| self.reader(filter)).collect();
+            let mut epochs = vec![];
+            for reader in &readers {
+                epochs.push(reader.started().await?);
             }
-            reader.retire();
+            let stale = |reader: &&Reader| reader.feed.is_closed();
+            let epoch = *epochs.first().expect("there is at least one filter");
+            let differ = epochs.iter().any(|other| *other != epoch);
+            if !differ && readers.iter().find(stale).is_none() {
+                return Ok((epoch, readers));
+            }
+            // Those that were about another one are found out by what the leader says.
+            let current = self.0.broker.bounds().await?.epoch;
+            for (reader, epoch) in readers.iter().zip(epochs) {
+                if epoch != current || reader.feed.is_closed() {
+                    reader.retire();
+                }
+            }
         }
     }
 
-    pub(super) fn gap(&self, requested: &str, resumed: EventId, reason: GapReason) -> Frame {
+    pub(super) fn gap(&self, requested: &str, resumed: &Position, reason: GapReason) -> Block {
         self.0.metrics.gaps.with_label_values(&[reason.as_str()]).inc();
         sse::gap(requested, resumed, reason)
     }
