@@ -182,6 +182,7 @@ impl Delivery {
         let retry = self.deliveries.retry();
         match opening {
             Opening::Position(id) => self.write_all(sse::opening(retry, Some(&id))).await,
+            Opening::Snapshot => self.write_all(sse::opening(retry, None)).await,
             Opening::Gap(gap) => {
                 self.write_all(sse::opening(retry, None)).await?;
                 self.write_all(gap.bytes).await

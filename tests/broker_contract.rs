@@ -10,8 +10,8 @@ use futures_util::StreamExt;
 use jiff::Timestamp;
 use tidegate::{
     broker::{
-        Broker, Condition, From, Hint, Hints, Page, Publication, PublishError, Published, Read, embedded::Embedded,
-        nats::Nats,
+        Broker, Condition, From, Hint, Hints, Page, Publication, PublishError, Published, Read, SnapshotRead,
+        embedded::Embedded, nats::Nats,
     },
     config::{Config, History},
     event::{Epoch, Event, EventId, EventType},
@@ -56,6 +56,10 @@ macro_rules! contract_for {
             a_filter_without_events_is_proven_to_the_end,
             after_the_end_there_is_nothing,
             reading_begins_at_a_time,
+            reading_begins_at_the_last_so_many,
+            a_snapshot_is_the_last_event_of_every_subject,
+            a_snapshot_of_many_subjects_comes_in_pages,
+            a_snapshot_of_nothing_is_empty,
             what_expired_by_its_own_time_is_gone,
             a_key_stores_once_on_each_subject,
             the_last_event_is_a_condition,
@@ -226,6 +230,73 @@ async fn reading_begins_at_a_time(broker: &dyn Broker) {
     }
     let page = read(broker, "a", From::Time(of(5) + minute)).await;
     assert_eq!((page.start, page.proven, page.events.len(), page.more), (5, 5, 0, false));
+}
+
+async fn reading_begins_at_the_last_so_many(broker: &dyn Broker) {
+    for number in 0..30 {
+        publish(broker, on(["a.x", "b", "a.y"][number % 3])).await.unwrap();
+    }
+    for (filter, count, first) in
+        [("a.x", 1, 28), ("a.x", 2, 25), ("a.*", 3, 27), (">", 4, 27), ("b", 10, 2), ("b", 11, 0), ("a.*", 1000, 0)]
+    {
+        let page = read(broker, filter, From::Last(count)).await;
+        let expected = if first == 0 { 1 + u64::from(filter == "b") } else { first };
+        assert_eq!(page.events[0].sequence, expected, "{filter} -{count}");
+        assert!(page.start < expected, "{filter} -{count}");
+    }
+    let page = read(broker, "nothing", From::Last(5)).await;
+    assert!(page.events.is_empty() && page.proven == 30, "{page:?}");
+}
+
+/// All pages of a snapshot.
+async fn snapshot(broker: &dyn Broker, filters: &[&str]) -> (Vec<u64>, u64) {
+    let filters: Vec<_> = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
+    let (mut sequences, mut after, mut as_of) = (vec![], 0, None);
+    loop {
+        let page = broker.snapshot(SnapshotRead { filters: filters.clone(), after, as_of }).await.unwrap();
+        sequences.extend(page.events.iter().map(|event| event.sequence));
+        if page.reached == page.as_of {
+            return (sequences, page.as_of);
+        }
+        assert!(page.reached > after, "a page goes on");
+        (after, as_of) = (page.reached, Some(page.as_of));
+    }
+}
+
+async fn a_snapshot_is_the_last_event_of_every_subject(broker: &dyn Broker) {
+    for subject in ["a.1", "a.2", "b", "a.1", "c.1", "a.3", "a.2"] {
+        publish(broker, on(subject)).await.unwrap();
+    }
+    assert_eq!(snapshot(broker, &["a.*"]).await, (vec![4, 6, 7], 7));
+    assert_eq!(snapshot(broker, &["b"]).await, (vec![3], 7));
+    assert_eq!(snapshot(broker, &["b", "c.>"]).await, (vec![3, 5], 7));
+    assert_eq!(snapshot(broker, &[">"]).await, (vec![3, 4, 5, 6, 7], 7));
+}
+
+async fn a_snapshot_of_many_subjects_comes_in_pages(broker: &dyn Broker) {
+    let mut acknowledgements = vec![];
+    for round in 0..2 {
+        for number in 0..1100 {
+            // Every third subject gets a second event.
+            if round == 0 || number % 3 == 0 {
+                acknowledgements.push(broker.publish(on(&format!("s.{number}"))).await.unwrap());
+            }
+        }
+    }
+    for acknowledgement in acknowledgements {
+        acknowledgement.await.unwrap();
+    }
+    let expected = (0..1100).filter(|number| number % 3 != 0).map(|number| number + 1).chain(1101..=1467);
+    let (sequences, as_of) = snapshot(broker, &["s.*"]).await;
+    assert_eq!((sequences, as_of), (expected.collect(), 1467));
+    let (sequences, _) = snapshot(broker, &["s.*", "t"]).await;
+    assert_eq!(sequences.len(), 1100);
+}
+
+async fn a_snapshot_of_nothing_is_empty(broker: &dyn Broker) {
+    assert_eq!(snapshot(broker, &["a"]).await, (vec![], 0));
+    publish(broker, on("b")).await.unwrap();
+    assert_eq!(snapshot(broker, &["a"]).await, (vec![], 1));
 }
 
 async fn what_expired_by_its_own_time_is_gone(broker: &dyn Broker) {

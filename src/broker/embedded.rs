@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, Condition, From, Health, Hint, Hints, LastKnown, Page, Publication,
-    PublishError, Published, Read,
+    PublishError, Published, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
     config,
@@ -200,6 +200,7 @@ impl Broker for Embedded {
         let start = match read.from {
             From::After(sequence) => sequence,
             From::Time(time) => log.before(time),
+            From::Last(count) => log.before_last(&read.filter, count),
         };
         let (events, stopped_at) = match read.filter.exact() {
             Some(subject) => {
@@ -214,6 +215,20 @@ impl Broker for Embedded {
         };
         let proven = stopped_at.unwrap_or(log.last.max(start));
         Ok(Page { epoch: self.epoch, start, first: log.first, events, proven, more: stopped_at.is_some() })
+    }
+
+    async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+        let log = self.log();
+        let as_of = read.as_of.unwrap_or(log.last);
+        let is_last = |event: &Event| {
+            let kept = log.by_subject.get(&event.subject);
+            kept.and_then(|kept| kept.range(..=as_of).next_back()) == Some(&event.sequence)
+        };
+        let wanted = |event: &Event| read.filters.iter().any(|filter| filter.matches(&event.subject)) && is_last(event);
+        let kept = log.events.range(read.after.saturating_add(1)..=as_of.max(read.after.saturating_add(1)));
+        let kept = kept.map(|(_, event)| event).filter(|event| event.sequence <= as_of);
+        let (events, stopped_at) = self.page_of(kept, wanted);
+        Ok(SnapshotPage { epoch: self.epoch, as_of, events, reached: stopped_at.unwrap_or(as_of) })
     }
 
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
@@ -261,6 +276,20 @@ impl Log {
             }
         }
         low - 1
+    }
+
+    /// The sequence before the last `count` events that `filter` matches.
+    fn before_last(&self, filter: &Filter, count: u64) -> u64 {
+        let back = usize::try_from(count).unwrap_or(usize::MAX).saturating_sub(1);
+        let first_of_them = match filter.exact() {
+            _ if count == 0 => return self.last,
+            Some(subject) => self.by_subject.get(&subject).and_then(|kept| kept.iter().rev().nth(back).copied()),
+            None => {
+                let matching = self.events.values().rev().filter(|event| filter.matches(&event.subject));
+                matching.map(|event| event.sequence).nth(back)
+            }
+        };
+        first_of_them.map_or(self.first - 1, |first| first - 1)
     }
 
     fn append(&mut self, event: Event) {

@@ -40,6 +40,9 @@ pub trait Broker: Send + Sync + 'static {
     /// Reads kept events: one bounded page.
     async fn read(&self, read: Read) -> Result<Page, BrokerError>;
 
+    /// Reads the last event of every subject that a filter matches, as of one moment: one bounded page, in stored order.
+    async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError>;
+
     /// Asks for the last sequence of each of these subjects, all as of one moment; used to audit many feeds with one
     /// request. `None` where the broker can't tell all of them at once: ask for fewer.
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError>;
@@ -138,6 +141,8 @@ pub enum From {
     After(u64),
     /// Stored at this time or later.
     Time(Timestamp),
+    /// The last so many.
+    Last(u64),
 }
 
 /// Kept events in stored order.
@@ -155,6 +160,29 @@ pub struct Page {
     pub proven: u64,
     /// There is more to read after `proven`.
     pub more: bool,
+}
+
+/// One page of a snapshot.
+#[derive(Clone, Debug)]
+pub struct SnapshotRead {
+    /// At least one.
+    pub filters: Vec<Filter>,
+    pub after: u64,
+    /// The moment, as the first page said it; `None` for that first page.
+    pub as_of: Option<u64>,
+}
+
+/// The last events of subjects as of a moment.
+///
+/// Invariant: every kept event that is its subject's last as of sequence `as_of`, and has a sequence in
+/// `(after, reached]`, is in `events`. (Of subjects that change meanwhile, an earlier one may be, too.)
+#[derive(Clone, Debug)]
+pub struct SnapshotPage {
+    pub epoch: Epoch,
+    pub as_of: u64,
+    pub events: Vec<Event>,
+    /// `as_of` when this was the last page.
+    pub reached: u64,
 }
 
 /// The last sequences of some subjects.

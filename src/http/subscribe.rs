@@ -115,18 +115,23 @@ fn parse_filter(text: &str) -> Result<Filter, ApiError> {
     Filter::parse(text).map_err(|error| ApiError::new(Code::InvalidSubject, error.to_string()))
 }
 
-/// Reads `from`: `now`, `first`, an event id, a time (RFC 3339), or how long ago (`-15m`).
+/// Reads `from`: `now`, `first`, `snapshot`, an event id, a time (RFC 3339), how long ago (`-15m`), or how many (`-100`).
 fn parse_start(text: &str) -> Result<StartAt, ApiError> {
     if let Some(ago) = text.strip_prefix('-').and_then(parse_duration) {
         let time = SystemTime::now().checked_sub(ago).and_then(|time| Timestamp::try_from(time).ok());
         return Ok(StartAt::Time(time.unwrap_or(Timestamp::MIN)));
     }
+    let is_number = |text: &&str| text.bytes().all(|byte| byte.is_ascii_digit());
+    if let Some(count) = text.strip_prefix('-').filter(is_number).and_then(|count| count.parse().ok()) {
+        return Ok(StartAt::Last(count));
+    }
     match text {
         "now" => Ok(StartAt::Now),
         "first" => Ok(StartAt::First),
+        "snapshot" => Ok(StartAt::Snapshot),
         _ => text.parse().map(StartAt::After).ok().or_else(|| text.parse().ok().map(StartAt::Time)).ok_or_else(|| {
             let detail =
-                "from is now, first, an event id, a time such as 2026-01-31T12:00:00Z, or how long ago, such as -15m";
+                "from is now, first, snapshot, an event id, a time such as 2026-01-31T12:00:00Z, how long ago, such as -15m, or how many events, such as -100";
             ApiError::new(Code::InvalidParameter, detail)
         }),
     }

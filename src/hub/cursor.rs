@@ -1,6 +1,10 @@
 //! One client's place in its feeds. Ahead of a log it waits; in a log it takes everything available; behind a log it
 //! reads history until it is inside again. Keeps places, not a queue: what a client has not taken is not kept for it.
 //!
+//! # Snapshots
+//! A snapshot is handed over first, in stored order and all filters together; the id of each of its events means "every
+//! state up to here", so that a connection that dies halfway goes on from there as any other.
+//!
 //! # Several filters
 //! Each has a place of its own, and every frame's id tells them all ([`Position`]). An event that two filters match is
 //! handed over once: it is skipped at a place if another filter that matches it stands at or past it. Frames come from
@@ -22,7 +26,7 @@ use super::{
     resume::{self, Found, StartAt},
 };
 use crate::{
-    broker::{From, Page, Read},
+    broker::{From, Page, Read, SnapshotPage, SnapshotRead},
     event::{Epoch, Event},
     position::{Position, Tag},
     sse::{self, Block, Format, GapReason},
@@ -34,6 +38,8 @@ pub struct Cursor {
     epoch: Epoch,
     format: Format,
     places: Vec<Place>,
+    /// What is handed over before anything else.
+    snapshot: Option<Box<Snapshot>>,
     /// The place that the last frames came from.
     turn: usize,
     /// What is being fetched. Kept here, so that [`Cursor::next`] can be dropped and called again.
@@ -53,6 +59,15 @@ pub(super) struct Place {
     pub ahead_proven: u64,
 }
 
+/// A snapshot that is being handed over, page by page.
+pub(super) struct Snapshot {
+    as_of: u64,
+    /// Everything up to here has been handed over.
+    position: u64,
+    ahead: VecDeque<Event>,
+    ahead_reached: u64,
+}
+
 /// One block for one client.
 #[derive(Clone, Debug)]
 pub struct Frame {
@@ -65,6 +80,7 @@ pub struct Frame {
 enum Fetched {
     /// A page for one of the places.
     Page(usize, Page),
+    SnapshotPage(SnapshotPage),
     /// A feed was closed; this is where to go on in those that follow.
     Moved(Found),
 }
@@ -85,9 +101,17 @@ impl Place {
     }
 }
 
+impl Snapshot {
+    pub(super) fn new(first: SnapshotPage) -> Snapshot {
+        let SnapshotPage { as_of, events, reached, .. } = first;
+        Snapshot { as_of, position: 0, ahead: events.into(), ahead_reached: reached }
+    }
+}
+
 impl Cursor {
-    pub(super) fn new(hub: Hub, epoch: Epoch, format: Format, places: Vec<Place>) -> Cursor {
-        Cursor { hub, epoch, format, places, turn: 0, fetching: None }
+    pub(super) fn new(hub: Hub, format: Format, found: Found) -> Cursor {
+        let Found { epoch, places, gap: _, snapshot } = found;
+        Cursor { hub, epoch, format, places, snapshot: snapshot.map(Box::new), turn: 0, fetching: None }
     }
 
     /// Waits for the next frames: at least one, and at most a write's worth, unless a single one is larger.
@@ -111,6 +135,11 @@ impl Cursor {
     /// Gives back what was handed over last, after `sequence`, and can't be delivered now: it will come again. Lets go
     /// of everything that was read ahead, so that a client that does not read costs no more than an idle one.
     pub fn give_back_after(&mut self, sequence: u64) {
+        if let Some(snapshot) = &mut self.snapshot {
+            (snapshot.position, snapshot.ahead_reached) = (sequence, sequence);
+            snapshot.ahead.clear();
+            return;
+        }
         let place = &mut self.places[self.turn];
         place.position = place.position.min(sequence);
         self.places.iter_mut().for_each(|place| place.ahead.clear());
@@ -118,6 +147,9 @@ impl Cursor {
 
     /// The position to tell a client that has been handed everything there is, if it has moved without an event.
     pub fn quiet_position(&mut self) -> Option<Position> {
+        if self.snapshot.is_some() {
+            return None;
+        }
         let settled = self.places.iter().map(Place::settled).min().expect("there is at least one place");
         let mut moved = false;
         for place in &mut self.places {
@@ -135,6 +167,9 @@ impl Cursor {
 
     /// What is there to be taken, from the first place in turn that has something. Begins to fetch what a place needs.
     fn take(&mut self) -> Vec<Frame> {
+        if self.snapshot.is_some() {
+            return self.take_snapshot();
+        }
         let count = self.places.len();
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
@@ -148,6 +183,34 @@ impl Cursor {
             }
         }
         vec![]
+    }
+
+    /// What comes next of the snapshot. It is over once its last frames have been followed by another call: until then
+    /// they may be given back.
+    fn take_snapshot(&mut self) -> Vec<Frame> {
+        let Some(snapshot) = &mut self.snapshot else { return vec![] };
+        let bytes_max = self.hub.0.settings.write_bytes;
+        let (mut frames, mut bytes) = (vec![], 0);
+        while let Some(event) = snapshot.ahead.front() {
+            let block = sse::event(self.epoch, event, self.format);
+            if !frames.is_empty() && bytes + block.bytes.len() > bytes_max {
+                break;
+            }
+            bytes += block.bytes.len();
+            snapshot.position = event.sequence;
+            frames.push(Frame { sequence: event.sequence, id_line: Bytes::new(), block: block.bytes });
+            snapshot.ahead.pop_front();
+        }
+        if frames.is_empty() {
+            snapshot.position = snapshot.position.max(snapshot.ahead_reached);
+            if snapshot.position < snapshot.as_of {
+                self.fetching = Some(self.fetching.take().unwrap_or_else(|| self.read_snapshot()));
+            } else {
+                self.snapshot = None;
+                return self.take();
+            }
+        }
+        frames
     }
 
     /// What comes next at one place, perhaps all of it skipped; `None` when there is nothing.
@@ -249,9 +312,23 @@ impl Cursor {
     /// Takes over what was fetched. A gap goes alone, so that nothing after it is ever given back across it.
     fn arrive(&mut self, fetched: Fetched) -> Option<Frame> {
         match fetched {
-            Fetched::Moved(Found { epoch, places, gap }) => {
+            Fetched::Moved(Found { epoch, places, gap, snapshot: _ }) => {
                 (self.epoch, self.places, self.turn) = (epoch, places, 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
+            }
+            Fetched::SnapshotPage(page) if page.epoch == self.epoch => {
+                if let Some(snapshot) = &mut self.snapshot {
+                    snapshot.ahead =
+                        page.events.into_iter().filter(|event| event.sequence > snapshot.position).collect();
+                    snapshot.ahead_reached = page.reached;
+                }
+                None
+            }
+            Fetched::SnapshotPage(_) => {
+                // Made again: what follows tells it.
+                self.snapshot = None;
+                self.places.iter().for_each(|place| place.reader.retire());
+                None
             }
             Fetched::Page(number, page) if page.epoch != self.epoch => {
                 self.places[number].reader.retire();
@@ -292,6 +369,24 @@ impl Cursor {
                 match hub.read_history(Read { filter: filter.clone(), from, until: 0 }).await {
                     Ok(page) => return Fetched::Page(number, page),
                     Err(error) => tracing::debug!(%filter, %error, "reading history failed"),
+                }
+                backoff.wait().await;
+            }
+        }
+        .boxed()
+    }
+
+    fn read_snapshot(&self) -> BoxFuture<'static, Fetched> {
+        let hub = self.hub.clone();
+        let filters = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
+        let snapshot = self.snapshot.as_ref().expect("a page is read only during a snapshot");
+        let read = SnapshotRead { filters, after: snapshot.position, as_of: Some(snapshot.as_of) };
+        async move {
+            let mut backoff = Backoff::new();
+            loop {
+                match hub.read_snapshot(read.clone()).await {
+                    Ok(page) => return Fetched::SnapshotPage(page),
+                    Err(error) => tracing::debug!(%error, "reading a snapshot failed"),
                 }
                 backoff.wait().await;
             }

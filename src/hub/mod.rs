@@ -30,7 +30,7 @@ pub use self::{
     resume::{Opening, Start, StartAt},
 };
 use crate::{
-    broker::{Bounds, BrokerError, Page, Read, SharedBroker},
+    broker::{Bounds, BrokerError, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
     config,
     metrics::Metrics,
     shutdown::Tasks,
@@ -150,6 +150,13 @@ impl Hub {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
         self.0.metrics.history_reads.inc();
         self.0.broker.read(read).await
+    }
+
+    /// Reads a page of a snapshot for a client, in its turn.
+    async fn read_snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+        let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
+        self.0.metrics.history_reads.inc();
+        self.0.broker.snapshot(read).await
     }
 
     /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and

@@ -15,11 +15,11 @@ use jiff::Timestamp;
 
 use super::{
     Hub,
-    cursor::{Cursor, Place},
+    cursor::{Cursor, Place, Snapshot},
     feed::Reader,
 };
 use crate::{
-    broker::{BrokerError, From, Read},
+    broker::{BrokerError, From, Read, SnapshotRead},
     event::{Epoch, Event},
     position::Position,
     sse::{self, Block, Format, GapReason},
@@ -48,6 +48,10 @@ pub enum StartAt {
     After(Position),
     /// With the first event stored at this time or later.
     Time(Timestamp),
+    /// With the last so many events of each filter.
+    Last(u64),
+    /// With the last event of every subject, then with what follows.
+    Snapshot,
 }
 
 /// What a client is told before its first event.
@@ -57,6 +61,8 @@ pub enum Opening {
     Position(Position),
     /// What is missing, and the position after that.
     Gap(Block),
+    /// A snapshot follows: there is no position before its first event.
+    Snapshot,
 }
 
 /// A place in every feed, and what is missing before it.
@@ -64,6 +70,13 @@ pub(super) struct Found {
     pub epoch: Epoch,
     pub places: Vec<Place>,
     pub gap: Option<(String, GapReason)>,
+    pub snapshot: Option<Snapshot>,
+}
+
+impl Found {
+    fn at(epoch: Epoch, places: Vec<Place>) -> Found {
+        Found { epoch, places, gap: None, snapshot: None }
+    }
 }
 
 /// See [`Hub::subscribe`].
@@ -80,11 +93,12 @@ pub(super) async fn subscribe(
             Err(_) => unknown(hub, filters, &text, start.at).await?,
         },
     };
-    let Found { epoch, places, gap } = found;
-    let cursor = Cursor::new(hub.clone(), epoch, format, places);
+    let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.is_some());
+    let cursor = Cursor::new(hub.clone(), format, found);
     let opening = match gap {
-        None => Opening::Position(cursor.position()),
         Some((requested, reason)) => Opening::Gap(hub.gap(&requested, &cursor.position(), reason)),
+        None if is_snapshot => Opening::Snapshot,
+        None => Opening::Position(cursor.position()),
     };
     Ok((opening, cursor))
 }
@@ -95,6 +109,8 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
         StartAt::Now => None,
         StartAt::First => Some(From::After(0)),
         StartAt::Time(time) => Some(From::Time(time)),
+        StartAt::Last(count) => Some(From::Last(count)),
+        StartAt::Snapshot => return begin_with_snapshot(hub, filters).await,
     };
     'again: loop {
         let (epoch, readers) = hub.started(filters).await?;
@@ -111,7 +127,21 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
                 },
             });
         }
-        return Ok(Found { epoch, places, gap: None });
+        return Ok(Found::at(epoch, places));
+    }
+}
+
+async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<Found, BrokerError> {
+    loop {
+        let (epoch, readers) = hub.started(filters).await?;
+        let page = hub.read_snapshot(SnapshotRead { filters: filters.to_vec(), after: 0, as_of: None }).await?;
+        if page.epoch != epoch {
+            readers.iter().for_each(Reader::retire);
+            continue;
+        }
+        // Where the places are once the snapshot has been handed over.
+        let places = readers.into_iter().map(|reader| Place::new(reader, page.as_of)).collect();
+        return Ok(Found { snapshot: Some(Snapshot::new(page)), ..Found::at(epoch, places) });
     }
 }
 
@@ -151,7 +181,7 @@ pub(super) async fn after(
             .collect();
         let is_known = |place: &Place| place.position <= place.reader.feed.proven();
         if position.epoch == epoch && places.iter().all(is_known) {
-            return Ok(Found { epoch, places, gap: None });
+            return Ok(Found::at(epoch, places));
         }
         let bounds = hub.0.broker.bounds().await?;
         if bounds.epoch != epoch {
@@ -161,11 +191,11 @@ pub(super) async fn after(
         if position.epoch != epoch {
             places.iter_mut().for_each(|place| place.position = bounds.first - 1);
             let gap = (position.to_string(), GapReason::Recreated);
-            return Ok(Found { epoch, places, gap: Some(gap) });
+            return Ok(Found { gap: Some(gap), ..Found::at(epoch, places) });
         }
         // An id from the future of this node may be from another that is ahead: the leader knows.
         if places.iter().all(|place| place.position <= bounds.last) {
-            return Ok(Found { epoch, places, gap: None });
+            return Ok(Found::at(epoch, places));
         }
         return unknown(hub, filters, &position.to_string(), otherwise).await;
     }

@@ -110,6 +110,10 @@ impl Broker for Faulty {
         self.inner().read(read).await
     }
 
+    async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+        self.inner().snapshot(read).await
+    }
+
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         self.inner().last(subjects).await
     }
@@ -168,6 +172,7 @@ fn text(opening: &Opening) -> String {
     match opening {
         Opening::Position(id) => id.to_string(),
         Opening::Gap(frame) => String::from_utf8(frame.bytes.to_vec()).unwrap(),
+        Opening::Snapshot => "a snapshot".into(),
     }
 }
 
@@ -310,9 +315,7 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
                 cursor.give_back_after(frames[arrived - 1].sequence);
             }
             if dice.random_ratio(1, 3) {
-                if let Some(quiet) = cursor.quiet_position() {
-                    position = quiet;
-                }
+                position = cursor.quiet_position().unwrap_or(position);
             }
             if dice.random_ratio(1, 3) {
                 let back = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
@@ -326,6 +329,35 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
         assert!(unique.into_iter().eq(owed.iter().copied()), "seed {seed}: {got:?} is not {owed:?}");
         hub.0.tasks.end().await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_that_dies_halfway_goes_on_from_there() {
+    let broker = Faulty::new(9);
+    let hub = hub(&broker, |settings| {
+        settings.write_bytes = 1;
+        settings.feed.events = 4;
+    });
+    for number in 0..500 {
+        broker.publish(&format!("s.{}", number % 300)).await;
+    }
+    let (opening, mut cursor) = subscribe(&hub, "s.*", from(StartAt::Snapshot)).await;
+    assert!(matches!(opening, Opening::Snapshot));
+    // What changes meanwhile comes after the snapshot, once.
+    let state: Vec<_> = (201..=500).collect();
+    let mut got = take(&mut cursor, 10).await;
+    broker.publish("s.0").await;
+    cursor.give_back_after(205);
+    got.truncate(5);
+    got.extend(take(&mut cursor, 296).await);
+    assert_eq!(got, [&state[..], &[501]].concat());
+
+    let (_, mut cursor) = subscribe(&hub, "s.*", from(StartAt::Snapshot)).await;
+    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let back = Start { last_event_id: Some(id_of(&frames[0]).to_string()), at: StartAt::Snapshot };
+    let (opening, mut cursor) = subscribe(&hub, "s.*", back).await;
+    assert!(matches!(opening, Opening::Position(_)));
+    assert_eq!(take(&mut cursor, 300).await, (202..=501).collect::<Vec<_>>());
 }
 
 #[tokio::test(start_paused = true)]

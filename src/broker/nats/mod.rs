@@ -6,6 +6,7 @@
 //! | [`stream`] | the stream's definition, and what breaks a promise |
 //! | [`leader`] | requests whose answer is final, by the stream's leader |
 //! | [`read`] | history: batches by any replica, proven by the leader |
+//! | [`snapshot`] | the last event of every subject |
 //! | [`publish`] | storing, and the meaning of the answer |
 //! | [`live`] | hints of what was just stored, and doubts about them |
 //! | [`message`] | messages as events |
@@ -20,6 +21,7 @@ mod message;
 mod publish;
 mod read;
 mod rounds;
+mod snapshot;
 mod start;
 mod stream;
 
@@ -41,6 +43,7 @@ use self::{
 };
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Page, Publication, PublishError, Read,
+    SnapshotPage, SnapshotRead,
 };
 use crate::{
     config,
@@ -142,6 +145,10 @@ impl Broker for Nats {
 
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
         self.history.read(&read).await
+    }
+
+    async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+        self.history.snapshot(read).await
     }
 
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {

@@ -44,12 +44,12 @@ impl History {
         let bounds = self.leader.info().await?.bounds;
         let start = match read.from {
             From::After(sequence) => sequence,
-            From::Time(_) => 0,
+            From::Time(_) | From::Last(_) => 0,
         };
         Ok(Page { epoch: bounds.epoch, start, first: bounds.first, events: vec![], proven: start, more: true })
     }
 
-    async fn page(&self, read: &Read) -> Result<Page, BrokerError> {
+    pub(super) async fn page(&self, read: &Read) -> Result<Page, BrokerError> {
         let filter = format!("{}{}", self.batches.prefix, read.filter);
         let start = match read.from {
             From::After(sequence) => sequence,
@@ -61,6 +61,7 @@ impl History {
                     None => bounds.last,
                 }
             }
+            From::Last(count) => self.before_last(&filter, count).await?,
         };
         let query = json!({
             "seq": start.saturating_add(1),
@@ -98,6 +99,27 @@ impl History {
         Ok(page)
     }
 
+    /// The sequence before the last `count` messages that match, by bisection: a batch of one says how many follow.
+    async fn before_last(&self, filter: &str, count: u64) -> Result<u64, BrokerError> {
+        let bounds = self.leader.info().await?.bounds;
+        let (mut low, mut high) = (bounds.first, bounds.last.saturating_add(1));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let query = json!({ "seq": middle, "next_by_subj": filter, "batch": 1 });
+            let Batch { events, end } = self.batches.get(&query).await?;
+            match (events.first(), end) {
+                (None, End::Nothing) => high = middle,
+                (Some(event), End::Whole { pending, .. }) if pending >= count => low = event.sequence.saturating_add(1),
+                (Some(event), End::Whole { pending, .. }) if pending + 1 == count => {
+                    return Ok(event.sequence.saturating_sub(1));
+                }
+                (Some(_), End::Whole { .. }) => high = middle,
+                _ => return Err(BrokerError::Unavailable("a replica did not answer to the end".into())),
+            }
+        }
+        Ok(low.saturating_sub(1))
+    }
+
     /// Adds what the leader has after `page`: at most so many messages. `last` was the stream's last before this.
     async fn go_on(&self, page: &mut Page, filter: &str, last: u64, messages: usize) -> Result<(), BrokerError> {
         let mut bytes = 0;
@@ -123,7 +145,7 @@ impl History {
     pub async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         for _ in 0..ATTEMPTS {
             let before = self.leader.epoch();
-            let Some((sequences, as_of)) = self.last_of(subjects).await? else {
+            let Some((sequences, as_of)) = self.last_of(subjects, None).await? else {
                 return Ok(None);
             };
             let epoch = self.leader.info().await?.bounds.epoch;
@@ -134,11 +156,15 @@ impl History {
         Err(BrokerError::Unavailable("the stream is being made anew".into()))
     }
 
-    /// The last sequence of each of `subjects`, and up to where that holds.
-    async fn last_of(&self, subjects: &[Subject]) -> Result<Option<(Vec<u64>, u64)>, BrokerError> {
+    /// The last sequence of each of `subjects`, at most `up_to`, and up to where that holds.
+    pub(super) async fn last_of(
+        &self,
+        subjects: &[Subject],
+        up_to: Option<u64>,
+    ) -> Result<Option<(Vec<u64>, u64)>, BrokerError> {
         let prefix = &self.batches.prefix;
         let mut wanted: Vec<String> = subjects.iter().map(|subject| format!("{prefix}{subject}")).collect();
-        let mut batch = self.batches.get(&self.last_messages(&wanted)).await?;
+        let mut batch = self.batches.get(&self.last_messages(&wanted, up_to)).await?;
         if matches!(batch.end, End::Nothing) {
             // A replica that finds nothing does not say up to where. Let it find the stream's last message, too.
             let bounds = self.leader.info().await?.bounds;
@@ -146,7 +172,7 @@ impl History {
                 None => return Ok(Some((vec![0; subjects.len()], bounds.last))),
                 Some(last) => wanted.push(last.subject),
             }
-            batch = self.batches.get(&self.last_messages(&wanted)).await?;
+            batch = self.batches.get(&self.last_messages(&wanted, up_to)).await?;
         }
         match batch {
             Batch { events, end: End::Whole { pending: 0, up_to: Some(as_of) } } => {
@@ -160,8 +186,12 @@ impl History {
     }
 
     /// Asks for the last message of each subject, all at one moment.
-    fn last_messages(&self, subjects: &[String]) -> Value {
-        json!({ "multi_last": subjects, "max_bytes": self.page_bytes })
+    pub(super) fn last_messages(&self, subjects: &[String], up_to: Option<u64>) -> Value {
+        let mut query = json!({ "multi_last": subjects, "max_bytes": self.page_bytes });
+        if let Some(up_to) = up_to {
+            query["up_to_seq"] = up_to.into();
+        }
+        query
     }
 }
 

@@ -1,0 +1,85 @@
+//! The last event of every subject, as of one moment. One request where a server can answer it at once; where the
+//! subjects are too many, page by page through history, from which what is not a last event is sorted out.
+
+use std::collections::HashMap;
+
+use super::{
+    batch::{Batch, End},
+    read::History,
+};
+use crate::{
+    broker::{BrokerError, From, Page, Read, SnapshotPage, SnapshotRead},
+    event::Event,
+    subject::{Filter, Subject},
+};
+
+impl History {
+    pub async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+        if read.as_of.is_none()
+            && let Some(page) = self.whole_snapshot(&read.filters).await?
+        {
+            return Ok(page);
+        }
+        self.snapshot_page(read).await
+    }
+
+    /// The whole snapshot from one replica, which names the moment itself; `None` when it is too much for one answer.
+    async fn whole_snapshot(&self, filters: &[Filter]) -> Result<Option<SnapshotPage>, BrokerError> {
+        let before = self.leader.epoch();
+        let wanted: Vec<_> = filters.iter().map(|filter| format!("{}{filter}", self.batches.prefix)).collect();
+        let Batch { mut events, end } = self.batches.get(&self.last_messages(&wanted, None)).await?;
+        let End::Whole { pending: 0, up_to: Some(as_of) } = end else { return Ok(None) };
+        let epoch = self.leader.info().await?.bounds.epoch;
+        events.sort_unstable_by_key(|event| event.sequence);
+        Ok((epoch == before).then_some(SnapshotPage { epoch, as_of, events, reached: as_of }))
+    }
+
+    async fn snapshot_page(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+        let SnapshotRead { filters, after, as_of } = read;
+        let as_of = match as_of {
+            Some(as_of) => as_of,
+            None => self.leader.info().await?.bounds.last,
+        };
+        // A batch takes one filter: what several match is sorted out of everything.
+        let filter = match &filters[..] {
+            [only] => only.clone(),
+            _ => Filter::parse(">").expect("it is one"),
+        };
+        let Page { epoch, events, proven, more, .. } =
+            self.page(&Read { filter, from: From::After(after), until: as_of }).await?;
+        let wanted =
+            |event: &Event| event.sequence <= as_of && filters.iter().any(|filter| filter.matches(&event.subject));
+        let mut newest: HashMap<Subject, Event> = HashMap::new();
+        for event in events.into_iter().filter(wanted) {
+            newest.insert(event.subject.clone(), event);
+        }
+        let mut events = self.that_are_last(newest.into_values().collect(), as_of).await?;
+        events.sort_unstable_by_key(|event| event.sequence);
+        let reached = if more { proven.min(as_of) } else { as_of };
+        Ok(SnapshotPage { epoch, as_of, events, reached })
+    }
+
+    /// Those of `events`, each of another subject, that are their subject's last as of a sequence.
+    async fn that_are_last(&self, events: Vec<Event>, as_of: u64) -> Result<Vec<Event>, BrokerError> {
+        let (mut unsettled, mut last) = (vec![events], vec![]);
+        while let Some(mut events) = unsettled.pop() {
+            if events.is_empty() {
+                continue;
+            }
+            let subjects: Vec<_> = events.iter().map(|event| event.subject.clone()).collect();
+            match self.last_of(&subjects, Some(as_of)).await? {
+                Some((sequences, _)) => {
+                    let known = events.into_iter().zip(sequences);
+                    last.extend(known.filter(|(event, newest)| event.sequence >= *newest).map(|(event, _)| event));
+                }
+                // Too large for one answer, even alone: an event too many does no harm.
+                None if events.len() == 1 => last.append(&mut events),
+                None => {
+                    let half = events.split_off(events.len() / 2);
+                    unsettled.extend([events, half]);
+                }
+            }
+        }
+        Ok(last)
+    }
+}
