@@ -90,6 +90,8 @@ pub struct Limits {
     #[serde(deserialize_with = "duration")]
     pub request_head: Duration,
     #[serde(deserialize_with = "duration")]
+    pub keep_alive: Duration,
+    #[serde(deserialize_with = "duration")]
     pub body_pause: Duration,
     #[serde(deserialize_with = "positive")]
     pub connections: usize,

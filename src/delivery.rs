@@ -26,6 +26,8 @@ use crate::{
 /// How much a client that does not read holds in the kernel, beyond what it has not acknowledged, in bytes. Without it:
 /// 2.8 MB (measured).
 const NOTSENT_BYTES: u32 = 16 * 1024;
+/// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
+const PATIENCE: Duration = Duration::from_millis(250);
 /// Bytes that a client may send after its request, all ignored, before it is taken for broken.
 const UNASKED_BYTES_MAX: usize = 64 * 1024;
 /// Frames that one write carries at most; the kernel takes 1,024 pieces.
@@ -54,6 +56,8 @@ enum End {
     ClientClosed,
     WriteFailed,
     Drained,
+    /// Drained while its client did not read: within a frame, after which nothing may be written.
+    Cut,
 }
 
 impl Deliveries {
@@ -104,13 +108,14 @@ impl Admission {
                 Ok(socket) => {
                     metrics.streams.inc();
                     let end = Delivery { socket, cursor, deliveries, unasked_bytes: 0 }.run(opening).await;
+                    // Before the metric says so, there is room for another.
+                    drop(slot);
                     metrics.streams.dec();
                     end
                 }
                 Err(_) => End::WriteFailed,
             };
             metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
-            drop(slot);
         });
         Ok(())
     }
@@ -190,7 +195,7 @@ impl Delivery {
         }
     }
 
-    /// Writes frames as the socket has room. When it has none, what was not begun goes back to the cursor.
+    /// Writes frames as the socket has room. When it has none for a while, what was not begun goes back to the cursor.
     async fn write(&mut self, frames: Vec<Frame>) -> Result<(), End> {
         let mut frames = VecDeque::from(frames);
         while !frames.is_empty() {
@@ -204,6 +209,10 @@ impl Delivery {
                     self.deliveries.metrics.events_delivered.inc_by(whole);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if let Ok(room) = tokio::time::timeout(PATIENCE, self.room()).await {
+                        room?;
+                        continue;
+                    }
                     frames.truncate(1);
                     self.cursor.give_back_after(frames[0].sequence);
                     self.room().await?;
@@ -238,7 +247,7 @@ impl Delivery {
                 let moment = self.deliveries.drain.spread;
                 match tokio::time::timeout(moment, self.socket.writable()).await {
                     Ok(Ok(())) => Ok(()),
-                    _ => Err(End::Drained),
+                    _ => Err(End::Cut),
                 }
             }
         }
@@ -288,6 +297,7 @@ impl End {
             End::ClientClosed => "client-closed",
             End::WriteFailed => "write-failed",
             End::Drained => "drained",
+            End::Cut => "cut",
         }
     }
 }

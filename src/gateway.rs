@@ -4,7 +4,6 @@ use std::{
     io,
     net::{SocketAddr, TcpListener},
     sync::Arc,
-    thread::JoinHandle,
 };
 
 use actix_server::ServerHandle;
@@ -34,8 +33,7 @@ pub struct Gateway {
     deliveries: Deliveries,
     draining: CancellationToken,
     hub_tasks: Tasks,
-    server: ServerHandle,
-    server_thread: JoinHandle<io::Result<()>>,
+    servers: Servers,
 }
 
 /// Why a gateway can't start, in words for the operator.
@@ -91,7 +89,7 @@ impl Gateway {
             limits: config.limits.clone(),
             draining: draining.clone(),
         };
-        let (server, server_thread) = serve(app, public, admin).await?;
+        let servers = Servers::start(app, public, admin).await?;
         Ok(Gateway {
             listen,
             admin_listen,
@@ -100,53 +98,51 @@ impl Gateway {
             deliveries,
             draining,
             hub_tasks,
-            server,
-            server_thread,
+            servers,
         })
     }
 
-    /// Takes no more connections (so that a proxy tries the next node), ends every stream at its own moment, finishes
-    /// publishes, and ends everything else; within `drain.limit`.
+    /// Says that it is not ready, takes no more connections (so that a proxy tries the next node), ends every stream at
+    /// its own moment, finishes publishes, and ends everything else; within `drain.limit`.
     pub async fn drain(self) {
         self.draining.cancel();
         let orderly = async {
-            tokio::join!(self.server.stop(true), self.deliveries.drain());
+            tokio::join!(self.servers.public.stop(true), self.deliveries.drain());
         };
         if tokio::time::timeout(self.config.drain.limit, orderly).await.is_err() {
             tracing::warn!("not everything ended in time; the rest is cut");
-            let _ = tokio::time::timeout(self.config.drain.limit, self.server.stop(false)).await;
+            self.servers.public.stop(false).await;
         }
+        self.servers.admin.stop(false).await;
         self.hub_tasks.end().await;
-        if self.server_thread.is_finished() {
-            let _ = self.server_thread.join();
-        }
     }
 }
 
-/// actix keeps to threads of its own: handlers there never wait for streams, nor streams for them.
-async fn serve(
-    app: http::App,
-    public: TcpListener,
-    admin: TcpListener,
-) -> Result<(ServerHandle, JoinHandle<io::Result<()>>), StartError> {
-    let (started, starting) = oneshot::channel();
-    let thread = std::thread::Builder::new()
-        .name("http".into())
-        .spawn(move || {
+/// The HTTP servers, on threads of their own: handlers there never wait for streams, nor streams for them.
+struct Servers {
+    public: ServerHandle,
+    admin: ServerHandle,
+}
+
+impl Servers {
+    async fn start(app: http::App, public: TcpListener, admin: TcpListener) -> Result<Servers, StartError> {
+        let (started, starting) = oneshot::channel();
+        let serve = move || {
             actix_web::rt::System::new().block_on(async move {
-                let server = http::serve(app, public, admin)?;
-                // If nobody waits any more, nobody serves either.
-                let _ = started.send(server.handle());
-                server.await
-            })
-        })
-        .map_err(StartError::Server)?;
-    match starting.await {
-        Ok(handle) => Ok((handle, thread)),
-        Err(_) => match thread.join() {
-            Ok(Err(error)) => Err(StartError::Server(error)),
-            Ok(Ok(())) | Err(_) => Err(StartError::Server(io::Error::other("it ended at once"))),
-        },
+                let servers = http::serve_admin(app.clone(), admin)
+                    .and_then(|admin| Ok((http::serve_public(app, public)?, admin)));
+                match servers {
+                    Err(error) => drop(started.send(Err(error))),
+                    Ok((public, admin)) => {
+                        // If nobody waits any more, nobody stops them either: the process is ending.
+                        let _ = started.send(Ok(Servers { public: public.handle(), admin: admin.handle() }));
+                        let _ = tokio::join!(public, admin);
+                    }
+                }
+            });
+        };
+        std::thread::Builder::new().name("http".into()).spawn(serve).map_err(StartError::Server)?;
+        starting.await.unwrap_or_else(|_| Err(io::Error::other("its thread ended"))).map_err(StartError::Server)
     }
 }
 

@@ -8,7 +8,7 @@ use std::thread;
 use support::{
     backend::Backend,
     gateway::{Gateway, Launch},
-    http::{Connection, Request},
+    http::Request,
     sse::{Event, EventStream, Signal},
 };
 
@@ -57,17 +57,17 @@ fn a_stream_opens_with_its_position(broker: Backend) {
     assert_eq!(head.header("Connection"), Some("close"));
 }
 
-/// The head of a stream, and the second line of its opening, `retry:` and a blank line around it.
+/// The head of a stream, and the second line of its opening, which comes after `retry:`.
 fn opening(gateway: &Gateway, target: &str) -> (support::http::Head, String) {
     let mut connection = gateway.connect();
     connection.send(target);
     let head = connection.head();
     let mut text = String::new();
-    while !text.ends_with("\n\n") {
+    while !text.contains("\n\n") {
         text.push_str(std::str::from_utf8(&connection.piece().expect("it goes on")).unwrap());
     }
-    let lines: Vec<_> = text.split('\n').collect();
-    let [retry, id, "", ""] = lines[..] else { panic!("{text:?} is no opening") };
+    let (block, _) = text.split_once("\n\n").expect("it contains one");
+    let (retry, id) = block.split_once('\n').unwrap_or_else(|| panic!("{text:?} is no opening"));
     let retry: u64 = retry.strip_prefix("retry: ").expect("it comes first").parse().unwrap();
     assert!((2000..=4000).contains(&retry), "one to two times what is configured, not {retry}");
     (head, id.to_owned())
@@ -298,31 +298,33 @@ fn a_quiet_stream_is_told_that_its_position_moved(broker: Backend) {
 }
 
 fn killed_connections_lose_and_repeat_nothing(broker: Backend) {
-    const EVENTS: usize = 4000;
+    const EVENTS: usize = 10_000;
     let gateway = broker.gateway().with("feed.events", "100").start();
     let start = gateway.publish("load.start", "start");
     let expected: Vec<_> = (0..EVENTS).map(|n| n.to_string()).collect();
 
     thread::scope(|threads| {
         let readers: Vec<_> = ["/events/load.>", "/events/load.*", "/events?subject=*.a", "/events/load.a"]
-            .map(|target| threads.spawn(|| read_in_fragments(&gateway, target, &start, EVENTS)))
+            .map(|target| threads.spawn(|| read_in_fragments(&gateway, target, &start, &expected[EVENTS - 1])))
             .into();
         for numbers in expected.chunks(100) {
             gateway.publish_all("load.a", numbers);
         }
         for reader in readers {
-            assert_eq!(reader.join().unwrap(), expected);
+            let data = reader.join().unwrap();
+            let differs = data.iter().zip(&expected).position(|(data, expected)| data != expected);
+            assert!(data == expected, "from the event {differs:?} on, of {}", data.len());
         }
     });
 }
 
-/// Reads so many events on connections that are killed after a random number of bytes.
-fn read_in_fragments(gateway: &Gateway, target: &str, start: &str, count: usize) -> Vec<String> {
+/// Reads up to an event on connections that are killed after a random number of bytes.
+fn read_in_fragments(gateway: &Gateway, target: &str, start: &str, last: &str) -> Vec<String> {
     let mut last_event_id = start.to_owned();
     let mut data = vec![];
-    while data.len() < count {
+    while data.last().is_none_or(|data| data != last) {
         let stream = gateway.resume(target, &last_event_id);
-        let (events, position) = stream.break_off(rand::random_range(1..8000), count - data.len());
+        let (events, position) = stream.break_off(rand::random_range(1..8000), last);
         data.extend(events.into_iter().map(|event| event.data));
         // Who is killed before the first whole block knows nothing better.
         if !position.is_empty() {
@@ -376,7 +378,7 @@ fn readers_behind_the_feeds_log_are_served_from_history(broker: Backend) {
 fn a_slow_reader_loses_nothing_and_delays_nobody(broker: Backend) {
     const EVENTS: usize = 400;
     let gateway = broker.gateway().start();
-    let mut slow = EventStream::open(Connection::open_narrow(gateway.address, 4096), "/events/demo");
+    let mut slow = EventStream::open(gateway.connect_narrowly(), "/events/demo");
     let mut fast = gateway.stream("/events/demo");
     let payload = |n: usize| format!("{n} {}", "x".repeat(64 * 1024));
 
@@ -395,7 +397,7 @@ fn a_slow_reader_loses_nothing_and_delays_nobody(broker: Backend) {
 fn a_client_that_leaves_is_noticed_at_once(broker: Backend) {
     let gateway = broker.gateway().start();
     let quiet = gateway.stream("/events/quiet");
-    let stalled = EventStream::open(Connection::open_narrow(gateway.address, 4096), "/events/busy");
+    let stalled = EventStream::open(gateway.connect_narrowly(), "/events/busy");
     gateway.publish_all("busy", vec!["x".repeat(64 * 1024); 30]);
     gateway.wait_for_metric("tidegate_streams", 2.0);
 
@@ -454,8 +456,9 @@ fn a_full_node_tells_an_event_source_to_come_back(broker: Backend) {
 fn a_drain_ends_streams_and_finishes_publishes(broker: Backend) {
     let mut gateway = broker.gateway().with("drain.spread", "1s").start();
     let streams: Vec<_> = (0..10).map(|_| gateway.stream("/events/demo")).collect();
-    let stalled = EventStream::open(Connection::open_narrow(gateway.address, 4096), "/events/busy");
-    gateway.publish_all("busy", vec!["x".repeat(64 * 1024); 30]);
+    let mut stalled = EventStream::open(gateway.connect_narrowly(), "/events/busy");
+    let large = "x".repeat(64 * 1024);
+    gateway.publish_all("busy", vec![&large; 100]);
     let mut idle = gateway.connect();
     idle.send("/nowhere");
     idle.response();
@@ -465,22 +468,18 @@ fn a_drain_ends_streams_and_finishes_publishes(broker: Backend) {
 
     gateway.terminate();
     gateway.wait_until_draining();
-    let refused = gateway.ask("/events/demo");
-    let mut told =
-        EventStream::begin(gateway.connect(), Request::get("/events/demo").header("Accept", "text/event-stream"));
+    gateway.wait_until_it_refuses_connections();
     upload.send_bytes("llo");
 
-    assert_eq!((refused.status, &refused.json()["code"]), (503, &"draining".into()));
-    assert!(refused.header("Retry-After").is_some());
-    let said = told.rest();
-    assert!(matches!(&said[..], [Signal::Retry(_), Signal::Comment(_), Signal::Position(_)]), "{said:?}");
     assert_eq!(upload.response().status, 201);
     for mut stream in streams {
         let said = stream.rest();
         assert!(matches!(&said[..], [Signal::Retry(_), Signal::Comment(_), Signal::Position(_)]), "{said:?}");
     }
     assert!(gateway.exit_status().success());
-    drop(stalled);
+    let whole = |signal: &Signal| matches!(signal, Signal::Event(event) if event.data == large);
+    let cut_short = stalled.rest();
+    assert!(cut_short.len() < 100 && cut_short.iter().all(whole), "what arrived of an event that was cut is no event");
 }
 
 fn http_1_0_is_served(broker: Backend) {
@@ -492,7 +491,7 @@ fn http_1_0_is_served(broker: Backend) {
     let receipt = publisher.response();
 
     assert_eq!(receipt.status, 201);
-    assert!(publisher.is_closed());
+    assert_eq!(publisher.rest(), b"");
     assert_eq!(stream.head.status, 200);
     assert_eq!(stream.head.header("Transfer-Encoding"), None);
     assert_eq!(stream.next().data, "hello");
@@ -585,7 +584,7 @@ fn expired_history_is_told_on_resume() {
 fn what_expires_before_a_slow_reader_has_read_it_is_told() {
     let launch = Launch::new().with("embedded.events", "50").with("feed.events", "10").with("feed.bytes", "100000");
     let gateway = launch.start();
-    let mut slow = EventStream::open(Connection::open_narrow(gateway.address, 4096), "/events/demo");
+    let mut slow = EventStream::open(gateway.connect_narrowly(), "/events/demo");
     let first = gateway.publish("demo", "x");
     let mut ids = vec![first];
     for _ in 0..50 {

@@ -308,6 +308,8 @@ impl Log {
         for listener in exact.chain(wild) {
             if listener.hints.try_send(Hint::Stored { event: event.clone(), previous }).is_err() {
                 listener.overflowed.store(true, Ordering::Release);
+                // Should all that waited have been taken meanwhile, nothing else would have the flag looked at.
+                let _ = listener.hints.try_send(Hint::Lost);
             }
         }
     }

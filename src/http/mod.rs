@@ -66,11 +66,11 @@ fn admin_routes(config: &mut web::ServiceConfig) {
         .default_service(web::to(not_found));
 }
 
-/// Serves both listeners until the server is stopped.
+/// Serves the public listener until the server is stopped.
 ///
 /// # Errors
-/// When a listener can't be used.
-pub fn serve(app: App, public: TcpListener, admin: TcpListener) -> io::Result<Server> {
+/// When the listener can't be used.
+pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let builder = ServerBuilder::new()
         .workers(workers)
@@ -78,44 +78,44 @@ pub fn serve(app: App, public: TcpListener, admin: TcpListener) -> io::Result<Se
         .disable_signals()
         .shutdown_timeout(5);
     let stopping = builder.graceful_shutdown_signal();
-    let admin_app = app.clone();
-    let server = builder
-        .listen("public", public, move || {
-            let data = web::Data::new(app.clone());
-            let service =
-                actix_web::App::new().app_data(data).configure(routes).into_factory().map_err(|e| e.error_response());
+    let service = move || {
+        let data = web::Data::new(app.clone());
+        let service = actix_web::App::new().app_data(data).configure(routes).into_factory();
+        let stopping = stopping.clone();
+        let stopped = move || {
             let stopping = stopping.clone();
-            let stopped = move || {
-                let stopping = stopping.clone();
-                async move { stopping.notified().await }
-            };
-            let http = HttpService::build()
-                .keep_alive(KeepAlive::Os)
-                .client_request_timeout(app.limits.request_head)
-                // After an early refusal, what still arrives is read for so long: a reset would overtake the answer.
-                .client_disconnect_timeout(LINGER)
-                .graceful_shutdown_signal(stopped)
-                .on_connect_ext(|connection: &Connection, data| {
-                    data.insert(connection.slot());
-                })
-                .h1(map_config(service, |_| AppConfig::default()));
-            fn_service(|socket: TcpStream| async {
-                let peer = socket.peer_addr().ok();
-                Ok((Connection::new(socket), peer))
+            async move { stopping.notified().await }
+        };
+        let http = HttpService::build()
+            .keep_alive(KeepAlive::Timeout(app.limits.keep_alive))
+            .client_request_timeout(app.limits.request_head)
+            // After an early refusal, what still arrives is read for so long: a reset would overtake the answer.
+            .client_disconnect_timeout(LINGER)
+            .graceful_shutdown_signal(stopped)
+            .on_connect_ext(|connection: &Connection, data| {
+                data.insert(connection.slot());
             })
-            .and_then(http)
-        })?
-        .listen("admin", admin, move || {
-            let data = web::Data::new(admin_app.clone());
-            let service = actix_web::App::new()
-                .app_data(data)
-                .configure(admin_routes)
-                .into_factory()
-                .map_err(|e| e.error_response());
-            HttpService::build().h1(map_config(service, |_| AppConfig::default())).tcp()
-        })?
-        .run();
-    Ok(server)
+            .h1(map_config(service.map_err(|error| error.error_response()), |_| AppConfig::default()));
+        fn_service(|socket: TcpStream| async {
+            let peer = socket.peer_addr().ok();
+            Ok((Connection::new(socket), peer))
+        })
+        .and_then(http)
+    };
+    Ok(builder.listen("public", listener, service)?.run())
+}
+
+/// Serves the admin listener until the server is stopped.
+///
+/// # Errors
+/// When the listener can't be used.
+pub fn serve_admin(app: App, listener: TcpListener) -> io::Result<Server> {
+    let service = move || {
+        let service = actix_web::App::new().app_data(web::Data::new(app.clone())).configure(admin_routes);
+        let service = service.into_factory().map_err(|error| error.error_response());
+        HttpService::build().h1(map_config(service, |_| AppConfig::default())).tcp()
+    };
+    Ok(ServerBuilder::new().workers(1).disable_signals().listen("admin", listener, service)?.run())
 }
 
 /// A resource whose other methods are refused by name. HEAD among them: a stream has no length to ask for.

@@ -18,10 +18,10 @@ impl Query {
         let mut parameters = vec![];
         for pair in request.query_string().split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let name = decode(name)?;
             if name.starts_with('_') {
                 continue;
             }
+            let name = decode(name)?;
             match known.iter().find(|known| **known == name) {
                 Some(known) => parameters.push((*known, decode(value)?)),
                 None => return Err(ApiError::new(Code::UnknownParameter, unknown(&name, known))),

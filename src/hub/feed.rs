@@ -302,8 +302,12 @@ impl Feed {
         let before = log.proven;
         while let Some(hint) = next {
             match hint {
-                // Those that were lost may have been the last: this doubt is not replaced by a lesser one.
-                Hint::Lost => doubt = Some(Doubt::new("overflow")),
+                // Those that were lost may have been the last: no lesser doubt replaces this one. And what comes behind
+                // may name an event before it that is no longer kept, and prove nothing.
+                Hint::Lost => {
+                    doubt = Some(Doubt::new("overflow"));
+                    break;
+                }
                 Hint::Stored { event, previous } => {
                     let n = event.sequence;
                     let chained = exact && previous > 0 && previous <= log.proven;

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
-    net::SocketAddr,
+    net::{SocketAddr, TcpStream},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
         Mutex,
@@ -159,6 +159,15 @@ impl Gateway {
         }
     }
 
+    /// Waits until whoever connects is free to go elsewhere.
+    pub fn wait_until_it_refuses_connections(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(self.address).is_ok() {
+            assert!(Instant::now() < deadline, "it goes on to accept");
+            std::thread::yield_now();
+        }
+    }
+
     /// How it ended, once it has by itself.
     pub fn exit_status(&mut self) -> ExitStatus {
         self.process().exit_status()
@@ -188,6 +197,12 @@ impl Gateway {
         Connection::open(self.address)
     }
 
+    /// A connection on which a client that does not read is soon noticed.
+    pub fn connect_narrowly(&self) -> Connection {
+        // Enough for whole segments on loopback: with less, each waits for a delayed acknowledgement.
+        Connection::open_narrow(self.address, 128 * 1024)
+    }
+
     /// The answer to one request, on a connection of its own.
     pub fn ask(&self, request: impl Into<Request>) -> Response {
         let mut connection = self.connect();
@@ -207,7 +222,7 @@ impl Gateway {
 
     /// Publishes one event, and returns its id.
     pub fn publish(&self, subject: &str, payload: impl Into<Vec<u8>>) -> String {
-        let response = self.ask(Request::post(&format!("/events/{subject}")).body(payload));
+        let response = self.ask(Request::post(format!("/events/{subject}")).body(payload));
         assert_eq!(response.status, 201, "{response:?}");
         response.json()["id"].as_str().expect("a receipt has an id").to_owned()
     }

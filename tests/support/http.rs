@@ -390,15 +390,11 @@ impl Connection {
         self.ahead.splice(..0, bytes);
     }
 
-    /// Reads to the end of the connection, and says whether nothing came.
-    pub fn is_closed(&mut self) -> bool {
+    /// Waits for the end of the connection, and returns what came before it.
+    pub fn rest(&mut self) -> Vec<u8> {
         let until = Instant::now() + PATIENCE;
-        self.ahead.is_empty() && self.receive(until) == 0
-    }
-
-    /// What has arrived beyond the last answer.
-    pub fn unread(&self) -> &[u8] {
-        &self.ahead
+        while self.receive(until) > 0 {}
+        std::mem::take(&mut self.ahead)
     }
 
     fn chunk_size(&mut self, until: Instant) -> usize {

@@ -192,22 +192,24 @@ impl EventStream {
         (0..count).map(|_| self.next().data).collect()
     }
 
-    /// Reads on, breaks off after so many bytes, or once it has so many events, and returns those that were complete by
-    /// then. What else has arrived is thrown away, as by a client that is killed.
-    pub fn break_off(mut self, after_bytes: usize, or_events: usize) -> (Vec<Event>, String) {
+    /// Reads on, breaks off after so many bytes, or after the event with this data, and returns what was complete by
+    /// then: events, and the last id. What else has arrived is thrown away, as by a client that is killed.
+    pub fn break_off(mut self, after_bytes: usize, last: &str) -> (Vec<Event>, String) {
         let until = Instant::now() + PATIENCE;
         let mut left = after_bytes;
-        let mut events = vec![];
-        while left > 0 && events.len() < or_events {
+        let mut events: Vec<Event> = vec![];
+        loop {
+            events.extend(self.signals.drain(..).filter_map(|signal| match signal {
+                Signal::Event(event) => Some(event),
+                Signal::Position(_) | Signal::Comment(_) | Signal::Retry(_) => None,
+            }));
+            if left == 0 || events.last().is_some_and(|event| event.data == last) {
+                break;
+            }
             let Some(mut piece) = self.connection.piece_until(until) else { break };
             piece.truncate(left);
             left -= piece.len();
             self.signals.extend(self.parser.feed(&piece));
-            for signal in self.signals.drain(..) {
-                if let Signal::Event(event) = signal {
-                    events.push(event);
-                }
-            }
         }
         (events, self.parser.last_event_id)
     }

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
@@ -19,6 +20,8 @@ use crate::{
     subject::Subject,
 };
 
+/// The server counts nanoseconds in 64 bits, which end in 2262 and then are long ago.
+const TIME_MAX: Timestamp = Timestamp::constant(7_258_118_400, 0);
 /// How often a read is begun anew because the stream was made anew meanwhile.
 const ATTEMPTS: usize = 3;
 /// How many messages the leader is asked for, one by one, where a replica fails.
@@ -54,6 +57,7 @@ impl History {
         let start = match read.from {
             From::After(sequence) => sequence,
             From::Time(time) => {
+                let time = time.clamp(Timestamp::UNIX_EPOCH, TIME_MAX);
                 // The last sequence first: what the search does not find, is not at or before it.
                 let bounds = self.leader.info().await?.bounds;
                 match self.leader.get(json!({ "start_time": time.to_string(), "next_by_subj": filter })).await? {
