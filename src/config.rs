@@ -88,6 +88,8 @@ pub struct Limits {
     #[serde(deserialize_with = "positive")]
     pub batch_window: usize,
     #[serde(deserialize_with = "duration")]
+    pub stall: Duration,
+    #[serde(deserialize_with = "duration")]
     pub request_head: Duration,
     #[serde(deserialize_with = "duration")]
     pub keep_alive: Duration,

@@ -4,6 +4,8 @@
 //! same for everyone. A client that reads slowly is written to when its socket has room; what waits for it waits in the
 //! feed or in history, never here: at most one frame that has been begun.
 
+mod peer;
+
 use std::{collections::VecDeque, io, io::IoSlice, net::TcpStream as StdTcpStream, sync::Arc, time::Duration};
 
 use bytes::{Buf, Bytes};
@@ -16,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config,
+    config::{self, Config},
     hub::{Cursor, Frame, Opening, jittered},
     metrics::Metrics,
     shutdown::Tasks,
@@ -38,6 +40,7 @@ const PIECES_MAX: usize = 64;
 pub struct Deliveries {
     slots: Arc<Semaphore>,
     sse: config::Sse,
+    stall: Duration,
     drain: config::Drain,
     draining: CancellationToken,
     metrics: Arc<Metrics>,
@@ -54,6 +57,10 @@ pub struct Admission {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     ClientClosed,
+    /// It acknowledged nothing for two heartbeats.
+    ClientGone,
+    /// It is there, and has taken nothing for longer than is allowed.
+    Stalled,
     WriteFailed,
     Drained,
     /// Drained while its client did not read: within a frame, after which nothing may be written.
@@ -61,15 +68,17 @@ enum End {
 }
 
 impl Deliveries {
-    pub fn new(
-        streams_max: usize,
-        sse: config::Sse,
-        drain: config::Drain,
-        metrics: Arc<Metrics>,
-        tasks: Tasks,
-    ) -> Self {
-        let slots = Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS)));
-        Deliveries { slots, sse, drain, draining: CancellationToken::new(), metrics, tasks }
+    /// Streams whose tasks run on, and are counted by, `tasks`.
+    pub fn new(config: &Config, metrics: Arc<Metrics>, tasks: Tasks) -> Deliveries {
+        Deliveries {
+            slots: Arc::new(Semaphore::new(config.limits.streams.min(Semaphore::MAX_PERMITS))),
+            sse: config.sse.clone(),
+            stall: config.limits.stall,
+            drain: config.drain.clone(),
+            draining: CancellationToken::new(),
+            metrics,
+            tasks,
+        }
     }
 
     /// Room for one more stream, if there is.
@@ -159,6 +168,7 @@ impl Delivery {
                 closed = closed(&self.socket, &mut self.unasked_bytes) => return Err(closed),
                 () = &mut beat => {
                     // Re-armed here and not at every write, which would cost each event a turn of the timer.
+                    self.check_peer()?;
                     let quiet = written_at.elapsed();
                     let mut next = jittered(heartbeat);
                     if quiet < heartbeat / 2 {
@@ -237,20 +247,30 @@ impl Delivery {
         Ok(())
     }
 
-    /// Waits until the client has taken some of what was written.
+    /// Waits until the client has taken some of what was written: as long as it is there, and not longer than allowed.
     async fn room(&mut self) -> Result<(), End> {
-        tokio::select! {
-            writable = self.socket.writable() => writable.map_err(|_| End::WriteFailed),
-            closed = closed(&self.socket, &mut self.unasked_bytes) => Err(closed),
-            () = self.deliveries.draining.cancelled() => {
-                // It may not read again within the time that is left. What it lacks it will ask for.
-                let moment = self.deliveries.drain.spread;
-                match tokio::time::timeout(moment, self.socket.writable()).await {
-                    Ok(Ok(())) => Ok(()),
-                    _ => Err(End::Cut),
+        let stalled_at = Instant::now() + self.deliveries.stall;
+        let heartbeat = self.deliveries.sse.heartbeat;
+        loop {
+            tokio::select! {
+                writable = self.socket.writable() => return writable.map_err(|_| End::WriteFailed),
+                closed = closed(&self.socket, &mut self.unasked_bytes) => return Err(closed),
+                () = tokio::time::sleep_until(stalled_at) => return Err(End::Stalled),
+                () = tokio::time::sleep(heartbeat) => self.check_peer()?,
+                () = self.deliveries.draining.cancelled() => {
+                    // It may not read again within the time that is left. What it lacks it will ask for.
+                    let moment = self.deliveries.drain.spread;
+                    return match tokio::time::timeout(moment, self.socket.writable()).await {
+                        Ok(Ok(())) => Ok(()),
+                        _ => Err(End::Cut),
+                    };
                 }
             }
         }
+    }
+
+    fn check_peer(&self) -> Result<(), End> {
+        if peer::is_gone(&self.socket, 2 * self.deliveries.sse.heartbeat) { Err(End::ClientGone) } else { Ok(()) }
     }
 }
 
@@ -295,6 +315,8 @@ impl End {
     fn as_str(self) -> &'static str {
         match self {
             End::ClientClosed => "client-closed",
+            End::ClientGone => "client-gone",
+            End::Stalled => "stalled",
             End::WriteFailed => "write-failed",
             End::Drained => "drained",
             End::Cut => "cut",

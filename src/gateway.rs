@@ -73,13 +73,7 @@ impl Gateway {
         };
         let hub = Hub::start(broker.clone(), settings, metrics.clone(), hub_tasks.clone());
         let draining = CancellationToken::new();
-        let deliveries = Deliveries::new(
-            config.limits.streams,
-            config.sse.clone(),
-            config.drain.clone(),
-            metrics.clone(),
-            Tasks::new(Handle::current()),
-        );
+        let deliveries = Deliveries::new(&config, metrics.clone(), Tasks::new(Handle::current()));
         let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
         let app = http::App {
             hub,

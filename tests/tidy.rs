@@ -35,6 +35,7 @@ const OWNED: &[(&str, &[&str])] = &[
     ("figment", &["config"]),
     ("clap", &["main"]),
     ("socket2", &["delivery"]),
+    ("nix::", &["delivery"]),
 ];
 
 #[test]
