@@ -17,9 +17,10 @@
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
 //! | [`http`] | the URL space, requests and problems; hands sockets over | delivery, hub, broker, sse |
 //! | [`delivery`] | the lean task that writes one stream to one socket | hub, sse |
-//! | [`hub`] | feeds, cursors, where a stream begins | broker, sse |
+//! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
 //! | [`broker`] | the one trait, and its two implementations | event |
 //! | [`sse`] | event -> bytes; pure | event |
+//! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`config`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
 //!

@@ -2,14 +2,14 @@
 //!
 //! | module | is about |
 //! |---|---|
-//! | [`start`] | connections, the server's and the stream's fitness |
-//! | [`stream`] | the stream's definition, and what breaks a promise |
-//! | [`leader`] | requests whose answer is final, by the stream's leader |
-//! | [`read`] | history: batches by any replica, proven by the leader |
-//! | [`snapshot`] | the last event of every subject |
-//! | [`publish`] | storing, and the meaning of the answer |
-//! | [`live`] | hints of what was just stored, and doubts about them |
-//! | [`message`] | messages as events |
+//! | `start` | connections, the server's and the stream's fitness |
+//! | `stream` | the stream's definition, and what breaks a promise |
+//! | `leader` | requests whose answer is final, by the stream's leader |
+//! | `read` | history: batches by any replica, proven by the leader |
+//! | `snapshot` | the last event of every subject |
+//! | `publish` | storing, and the meaning of the answer |
+//! | `live` | hints of what was just stored, and doubts about them |
+//! | `message` | messages as events |
 //!
 //! Two connections: one for history, whose answers hold up whatever else travels there, and one for all the rest.
 
