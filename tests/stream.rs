@@ -495,6 +495,12 @@ fn http_1_0_is_served(broker: Backend) {
     assert_eq!(stream.head.status, 200);
     assert_eq!(stream.head.header("Transfer-Encoding"), None);
     assert_eq!(stream.next().data, "hello");
+
+    let mut batch = gateway.connect();
+    batch.send(Request::batch().http_1_0().body("{\"subject\":\"demo\",\"data\":\"again\"}\n"));
+    let answer = batch.response();
+    assert_eq!(answer.header("Transfer-Encoding"), None, "chunks are not known yet");
+    assert_eq!(answer.json_lines().len(), 1);
 }
 
 fn what_is_pipelined_before_a_stream_is_answered_first(broker: Backend) {

@@ -35,7 +35,7 @@ const OWNED: &[(&str, &[&str])] = &[
     ("figment", &["config"]),
     ("clap", &["main"]),
     ("socket2", &["delivery"]),
-    ("nix::", &["delivery"]),
+    ("use nix::", &["delivery"]),
 ];
 
 #[test]

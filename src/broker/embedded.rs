@@ -234,7 +234,7 @@ impl Broker for Embedded {
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         let log = self.log();
         let sequences = subjects.iter().map(|subject| log.last_of(subject)).collect();
-        Ok(Some(LastKnown { epoch: self.epoch, sequences, as_of: log.last }))
+        Ok(Some(LastKnown { epoch: self.epoch, sequences, as_of: log.last, first: log.first }))
     }
 
     async fn bounds(&self) -> Result<Bounds, BrokerError> {

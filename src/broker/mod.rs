@@ -193,6 +193,9 @@ pub struct LastKnown {
     pub sequences: Vec<u64>,
     /// The sequence up to which this holds.
     pub as_of: u64,
+    /// The oldest sequence that the stream's limits had spared when this had been found out. What was stored before it
+    /// may have been the last of its subject once.
+    pub first: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,7 +10,11 @@
 
 use std::{convert::Infallible, ops::ControlFlow, pin::Pin, time::Duration};
 
-use actix_web::{HttpRequest, HttpResponse, http::header, web};
+use actix_web::{
+    HttpRequest, HttpResponse,
+    http::{Version, header},
+    web,
+};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::{Bytes, BytesMut};
 use futures_util::{
@@ -60,11 +64,19 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
             }
         }
     });
-    HttpResponse::Ok()
+    let mut response = HttpResponse::Ok();
+    response
         .content_type("application/x-ndjson")
         .insert_header((header::CACHE_CONTROL, "no-store"))
-        .insert_header(("X-Accel-Buffering", "no"))
-        .streaming(stream::iter((!first.is_empty()).then_some(Ok(first))).chain(rest))
+        .insert_header(("X-Accel-Buffering", "no"));
+    let knows_chunks = request.version() > Version::HTTP_10;
+    if !knows_chunks {
+        response.force_close();
+    }
+    let mut response = response.streaming(stream::iter((!first.is_empty()).then_some(Ok(first))).chain(rest));
+    // Without chunks (RFC 9112, section 6.1) the answer is as long as its connection.
+    response.head_mut().no_chunking(!knows_chunks);
+    response
 }
 
 fn check(app: &App, request: &HttpRequest) -> Result<(), ApiError> {

@@ -38,7 +38,7 @@ use tokio::{
 
 use super::{Hub, backoff::Backoff};
 use crate::{
-    broker::{BrokerError, From, Hint, Hints, Page, Read},
+    broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
     event::{Epoch, Event, EventId},
     sse::{self, Block, Format, GapReason},
     subject::{Filter, Subject},
@@ -127,9 +127,7 @@ impl Reader {
     /// Starts the feed unless it has been.
     pub(super) async fn started(&self) -> Result<Epoch, BrokerError> {
         let start = || async {
-            // Listen before asking where the stream ends: an event stored in between must not be missed.
-            let hints = self.hub.0.broker.live(&self.feed.filter).await?;
-            let bounds = self.hub.0.broker.bounds().await?;
+            let (hints, bounds) = self.listen().await?;
             {
                 let mut log = self.feed.log();
                 log.base = bounds.last;
@@ -143,6 +141,21 @@ impl Reader {
 }
 
 impl Reader {
+    /// Hints, and where the stream ended after they began.
+    async fn listen(&self) -> Result<(Hints, Bounds), BrokerError> {
+        let broker = &self.hub.0.broker;
+        let mut epoch = broker.bounds().await?.epoch;
+        loop {
+            // Listen before asking where the stream ends: an event stored in between must not be missed.
+            let hints = broker.live(&self.feed.filter).await?;
+            let bounds = broker.bounds().await?;
+            // Made anew meanwhile: the first hints may be of another incarnation than the last, and nothing tells.
+            if std::mem::replace(&mut epoch, bounds.epoch) == bounds.epoch {
+                return Ok((hints, bounds));
+            }
+        }
+    }
+
     /// Closes the feed, whose stream is found to be another one: whoever asks next gets a new one.
     pub(super) fn retire(&self) {
         self.feed.log().closed = true;
@@ -190,11 +203,13 @@ impl Feed {
         self.log().closed
     }
 
-    /// Holds what is known of the stream against the feed: as of sequence `as_of`, the filter's last event was `last`.
-    pub(super) fn audit(&self, epoch: Epoch, last: u64, as_of: u64) {
+    /// Holds what is known of the stream against the feed: the filter's last event that was kept is `last`.
+    pub(super) fn audit(&self, last: u64, known: &LastKnown) {
         let mut log = self.log();
-        if self.epoch.get() == Some(&epoch) && last <= log.proven {
-            log.proven = log.proven.max(as_of);
+        // An event that was removed together with all before it is not among the last, though it was owed.
+        let nothing_removed = known.first <= log.proven + 1;
+        if self.epoch.get() == Some(&known.epoch) && last <= log.proven && nothing_removed {
+            log.proven = log.proven.max(known.as_of);
         } else {
             drop(log);
             self.doubt();

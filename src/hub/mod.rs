@@ -197,7 +197,7 @@ impl Hub {
                     Some(known) if known.as_of < last => backoff.wait().await,
                     Some(known) => {
                         for ((_, feed), last) in chunk.iter().zip(&known.sequences) {
-                            feed.audit(known.epoch, *last, known.as_of);
+                            feed.audit(*last, &known);
                         }
                         break;
                     }

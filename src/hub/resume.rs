@@ -127,6 +127,11 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
                 },
             });
         }
+        if from.is_none() {
+            // One moment for all: an event that two filters match is owed by both of them, or by neither.
+            let now = places.iter().map(|place| place.position).max().unwrap_or(0);
+            places.iter_mut().for_each(|place| place.position = now);
+        }
         return Ok(Found::at(epoch, places));
     }
 }

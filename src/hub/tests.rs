@@ -34,12 +34,19 @@ struct Faulty {
     broker: watch::Sender<Arc<Embedded>>,
     seed: AtomicU64,
     reads_fail: AtomicBool,
+    /// No hint arrives on what is subscribed from now on.
+    is_deaf: AtomicBool,
 }
 
 impl Faulty {
     fn new(seed: u64) -> Arc<Faulty> {
         let broker = watch::Sender::new(Arc::new(embedded(100_000)));
-        Arc::new(Faulty { broker, seed: AtomicU64::new(seed), reads_fail: AtomicBool::new(false) })
+        Arc::new(Faulty {
+            broker,
+            seed: AtomicU64::new(seed),
+            reads_fail: AtomicBool::new(false),
+            is_deaf: AtomicBool::new(false),
+        })
     }
 
     fn inner(&self) -> Arc<Embedded> {
@@ -78,6 +85,9 @@ impl Broker for Faulty {
     }
 
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
+        if self.is_deaf.load(Ordering::Relaxed) {
+            return Ok(stream::pending().boxed());
+        }
         let hints = self.inner().live(filter).await?;
         let dice = StdRng::seed_from_u64(self.seed.fetch_add(1, Ordering::Relaxed));
         let held: VecDeque<Hint> = VecDeque::new();
@@ -441,6 +451,39 @@ async fn expired_history_is_told_with_what_was_asked_for_and_where_it_goes_on() 
     let told = format!("\"requested\":\"{id}\",\"resumed\":\"{}-20\",\"reason\":\"expired\"", id.epoch);
     assert!(gap.contains(&told), "{gap}");
     assert_eq!(take(&mut cursor, 10).await, (21..=30).collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_gone_before_anyone_heard_of_it_is_told_as_a_gap() {
+    let broker = Faulty::new(7);
+    broker.broker.send_replace(Arc::new(embedded(10)));
+    broker.is_deaf.store(true, Ordering::Relaxed);
+    let hub = hub(&broker, |_| {});
+    let (_, mut cursor) = subscribe(&hub, "a", from(StartAt::Now)).await;
+    // After the first check of a new feed, before its first audit.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    broker.publish("a").await;
+    for _ in 0..20 {
+        broker.publish("b").await;
+    }
+    // What the audit is told of `a` is that there is nothing.
+    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let gap = String::from_utf8(frames[0].block.to_vec()).unwrap();
+    assert!(gap.contains("\"reason\":\"expired\""), "{gap}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn filters_that_begin_now_begin_at_the_same_moment() {
+    let broker = Faulty::new(8);
+    broker.is_deaf.store(true, Ordering::Relaxed);
+    let hub = hub(&broker, |_| {});
+    let _behind = subscribe(&hub, "a.*", from(StartAt::Now)).await;
+    broker.publish("a.0").await;
+    let both = filters(&["a.*", "*.0"]);
+    let (opening, mut cursor) = hub.subscribe(&both, from(StartAt::Now), Format::Raw).await.unwrap();
+    let id = broker.publish("a.0").await;
+    assert_eq!(text(&opening), EventId { sequence: id.sequence - 1, ..id }.to_string());
+    assert_eq!(take(&mut cursor, 1).await, [id.sequence]);
 }
 
 #[tokio::test(start_paused = true)]

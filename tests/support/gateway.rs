@@ -145,9 +145,22 @@ impl Gateway {
 
     /// SIGTERM: it is to drain.
     pub fn terminate(&mut self) {
+        self.signal("TERM");
+    }
+
+    /// SIGSTOP: it keeps its connections and does nothing.
+    pub fn freeze(&mut self) {
+        self.signal("STOP");
+    }
+
+    pub fn thaw(&mut self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&mut self, name: &str) {
         let pid = self.process().child.id().to_string();
-        let sent = Command::new("sh").args(["-c", "kill -TERM \"$0\"", &pid]).status();
-        assert!(sent.expect("there is a shell").success(), "SIGTERM could not be sent");
+        let sent = Command::new("sh").args(["-c", "kill -$0 \"$1\"", name, &pid]).status();
+        assert!(sent.expect("there is a shell").success(), "SIG{name} could not be sent");
     }
 
     /// Waits until it says that it is draining.
@@ -175,8 +188,13 @@ impl Gateway {
 
     /// Starts it again after its end, on the same address.
     pub fn restart(&mut self) {
+        self.restart_within(PATIENCE);
+    }
+
+    /// The same, where what it needs to start may be away for so long.
+    pub fn restart_within(&mut self, limit: Duration) {
         self.process = None;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + limit;
         loop {
             let mut process = self.launch.spawn();
             match process.greeting() {

@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod browser;
+pub mod cut;
 pub mod gateway;
 pub mod http;
 pub mod nats;

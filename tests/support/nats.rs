@@ -104,6 +104,34 @@ impl NatsServer {
     }
 }
 
+/// Three servers that are one: a stream with three replicas outlives any one of them. Open to everyone on this machine.
+pub struct Cluster {
+    pub nodes: [NatsServer; 3],
+}
+
+impl Cluster {
+    /// Starts the servers. They have yet to find each other and to elect whoever decides on streams.
+    pub fn start() -> Cluster {
+        let routes = [0; 3].map(|_| free_port());
+        let urls = routes.map(|port| format!("\"nats-route://127.0.0.1:{port}\"")).join(", ");
+        let nodes = std::array::from_fn(|n| {
+            // Clients are not told of the other servers: they know those that they shall know.
+            NatsServer::with(&format!(
+                "server_name: node-{n}\n\
+                 cluster {{ name: tide, listen: \"127.0.0.1:{}\", no_advertise: true, routes: [{urls}] }}",
+                routes[n]
+            ))
+        });
+        Cluster { nodes }
+    }
+
+    /// The node that calls itself so, as in a stream's `cluster.leader`.
+    pub fn named(&mut self, name: &str) -> Option<&mut NatsServer> {
+        let number: usize = name.strip_prefix("node-")?.parse().ok()?;
+        self.nodes.get_mut(number)
+    }
+}
+
 impl Drop for NatsServer {
     fn drop(&mut self) {
         let _ = self.child.kill();

@@ -2,7 +2,10 @@
 //! so that settings that this gateway does not know survive when it mends others.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -11,7 +14,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{inbox::Inbox, message::Stored, rounds::Rounds};
 use crate::{
@@ -32,6 +35,9 @@ pub(super) mod code {
     pub const DUPLICATE_IN_PROCESS: u64 = 10158;
     pub const WRONG_LAST_SEQUENCE_IN_PROCESS: u64 = 10164;
 }
+
+/// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
+const SLOW: Duration = Duration::from_millis(50);
 
 /// Why a request to JetStream brought no answer of the kind that was asked for.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -70,6 +76,7 @@ impl From<RequestError> for BrokerError {
 #[derive(Debug)]
 pub(super) struct Info {
     pub bounds: Bounds,
+    pub created: Timestamp,
     pub config: Value,
 }
 
@@ -126,12 +133,23 @@ struct Shared {
     known: Arc<Known>,
 }
 
+/// When a request was sent, and what was known then.
+#[derive(Clone, Copy)]
+pub(super) struct Sending {
+    at: Instant,
+    epoch: Epoch,
+}
+
 /// What the last answer said, kept by whoever asks next.
 pub(super) struct Known {
     epoch: Mutex<Epoch>,
     /// Why the last question about the stream failed, if it did.
     trouble: Mutex<Option<String>>,
     pub doubts: watch::Sender<u64>,
+    /// How often the stream was said to have changed.
+    changes: AtomicU64,
+    /// What [`occasions`] were when the question was sent that `epoch` answers.
+    epoch_as_of: AtomicU64,
 }
 
 impl Known {
@@ -140,11 +158,17 @@ impl Known {
         self.doubts.send_modify(|count| *count += 1);
     }
 
+    /// Says that the stream changed, and may be another one.
+    pub fn change(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.doubt();
+    }
+
     pub fn trouble(&self) -> Option<String> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn learn(&self, answer: &Result<Arc<Info>, RequestError>) {
+    fn learn(&self, answer: &Result<Arc<Info>, RequestError>, as_of: u64) {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) =
             answer.as_ref().err().map(|error| error.to_string());
         if let Ok(info) = answer {
@@ -154,6 +178,7 @@ impl Known {
                 drop(epoch);
                 self.doubt();
             }
+            self.epoch_as_of.store(as_of, Ordering::Release);
         }
     }
 }
@@ -165,14 +190,17 @@ impl Leader {
             epoch: Mutex::new(info.bounds.epoch),
             trouble: Mutex::new(None),
             doubts: watch::Sender::new(0),
+            changes: AtomicU64::new(0),
+            epoch_as_of: AtomicU64::new(occasions(&requests, 0)),
         });
         let rounds = Rounds::start({
             let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
             move || {
                 let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
                 async move {
+                    let as_of = occasions(&requests, known.changes.load(Ordering::Acquire));
                     let answer = info_of(&requests, &stream).await.map(Arc::new);
-                    known.learn(&answer);
+                    known.learn(&answer, as_of);
                     answer
                 }
             }
@@ -210,6 +238,25 @@ impl Leader {
         *self.0.known.epoch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// To be taken before a request is sent whose answer does not say of which incarnation it is.
+    pub fn sending(&self) -> Sending {
+        Sending { at: Instant::now(), epoch: self.epoch() }
+    }
+
+    /// The incarnation that answered such a request, now; `None` if it may be one or another. Asked for if it may have
+    /// changed: when this gateway was not connected, or was told of a change, or when the answer took so long that
+    /// the word of a change may have come together with it.
+    pub async fn answered(&self, sending: Sending) -> Option<Epoch> {
+        let Shared { requests, known, .. } = &*self.0;
+        let as_of = known.epoch_as_of.load(Ordering::Acquire);
+        let known_to_last = as_of == occasions(requests, known.changes.load(Ordering::Acquire));
+        let now = match known_to_last && sending.at.elapsed() < SLOW {
+            true => self.epoch(),
+            false => self.info().await.ok()?.bounds.epoch,
+        };
+        (now == sending.epoch).then_some(now)
+    }
+
     pub fn known(&self) -> &Arc<Known> {
         &self.0.known
     }
@@ -219,14 +266,21 @@ impl Leader {
     }
 }
 
+/// How often the stream may have become another one: with each connection, and each time that it was said to change.
+fn occasions(requests: &Requests, changes: u64) -> u64 {
+    requests.client.statistics().connects.load(Ordering::Relaxed).wrapping_add(changes)
+}
+
 /// Asks once, alone.
 pub(super) async fn info_of(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
     let mut answer = requests.ask(format!("$JS.API.STREAM.INFO.{stream}"), Value::Null).await?;
     let config = answer["config"].take();
-    Ok(Info { bounds: bounds(answer)?, config })
+    let (bounds, created) = bounds(answer)?;
+    Ok(Info { bounds, created, config })
 }
 
-fn bounds(answer: Value) -> Result<Bounds, RequestError> {
+/// What the stream holds, and when it was made.
+fn bounds(answer: Value) -> Result<(Bounds, Timestamp), RequestError> {
     #[derive(Deserialize)]
     struct Answer {
         created: String,
@@ -244,7 +298,7 @@ fn bounds(answer: Value) -> Result<Bounds, RequestError> {
         created.parse().map_err(|error| RequestError::Garbled(format!("the stream's time of creation: {error}")))?;
     let seed = created.as_nanosecond() as u64;
     let first = if state.messages == 0 { state.last_seq.saturating_add(1) } else { state.first_seq.max(1) };
-    Ok(Bounds { epoch: Epoch::from_seed(seed), first, last: state.last_seq })
+    Ok((Bounds { epoch: Epoch::from_seed(seed), first, last: state.last_seq }, created))
 }
 
 #[cfg(test)]
@@ -256,7 +310,7 @@ mod tests {
         for (messages, first_seq, last_seq, first) in [(0, 0, 0, 1), (0, 8, 7, 8), (0, 1, 7, 8), (2, 6, 7, 6)] {
             let state = json!({ "messages": messages, "first_seq": first_seq, "last_seq": last_seq });
             let answer = json!({ "created": "2026-01-02T03:04:05.000000001Z", "state": state });
-            let bounds = bounds(answer).unwrap();
+            let (bounds, _) = bounds(answer).unwrap();
             assert_eq!((bounds.first, bounds.last), (first, last_seq));
         }
     }

@@ -79,7 +79,7 @@ pub(super) async fn watch(leader: Leader, mut incidents: mpsc::Receiver<Incident
             advisory = advisories.next() => {
                 let Some(advisory) = advisory else { return };
                 tracing::info!(advisory = %advisory.subject, "the stream changed");
-                leader.known().doubt();
+                leader.known().change();
                 second_doubt = Some(Instant::now() + SECOND_DOUBT);
                 asked = Instant::now() - ASK;
             }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::{
-    leader::{Leader, Refusal, code},
+    leader::{Leader, Refusal, Sending, code},
     message::{MESSAGE_ID, TTL, TYPE},
 };
 use crate::{
@@ -29,6 +29,7 @@ struct Retry {
     message_id: String,
     /// The sequence that the condition named; 0 for none yet.
     after: u64,
+    sending: Sending,
 }
 
 impl Publisher {
@@ -60,6 +61,7 @@ impl Publisher {
             headers.insert("Nats-Expected-Last-Subject-Sequence", sequence.to_string());
         }
 
+        let sending = self.leader.sending();
         let mut reply = requests.inbox().expect();
         let sent = requests.client.publish_with_reply_and_headers(
             subject.clone(),
@@ -83,7 +85,7 @@ impl Publisher {
 
         let (leader, timeout) = (self.leader.clone(), self.timeout);
         let own = publication.key.and(after);
-        let retry = own.map(|after| Retry { leader: leader.clone(), subject, message_id, after });
+        let retry = own.map(|after| Retry { leader: leader.clone(), subject, message_id, after, sending });
         Ok(Box::pin(async move {
             // The connection may have broken with the event in async-nats' queue, which is sent on the next connection:
             // a time-out says nothing of the outcome.
@@ -93,7 +95,9 @@ impl Publisher {
             }
             match verdict(&message.payload) {
                 Verdict::Stored { sequence, duplicate } => {
-                    Ok(Published { id: EventId { epoch: leader.epoch(), sequence }, duplicate })
+                    // Stored, but where? Whoever tries again with the same key gets the right id.
+                    let epoch = leader.answered(sending).await.ok_or(PublishError::OutcomeUnknown)?;
+                    Ok(Published { id: EventId { epoch, sequence }, duplicate })
                 }
                 Verdict::ConditionFailed { settled } => match retry {
                     Some(retry) => retry.own_first_try(settled).await,
@@ -124,7 +128,8 @@ impl Retry {
     async fn own_first_try(self, settled: bool) -> Result<Published, PublishError> {
         match self.leader.next(self.after.saturating_add(1), &self.subject).await {
             Ok(Some(stored)) if stored.header(MESSAGE_ID).is_some_and(|id| id == self.message_id) => {
-                let id = EventId { epoch: self.leader.epoch(), sequence: stored.sequence };
+                let epoch = self.leader.answered(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
+                let id = EventId { epoch, sequence: stored.sequence };
                 Ok(Published { id, duplicate: true })
             }
             Ok(_) if settled => Err(PublishError::ConditionFailed),

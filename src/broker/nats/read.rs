@@ -5,7 +5,7 @@
 //! gaps, though; so a page is complete up to its last event, and how far beyond is for the leader to say. Where a
 //! batch breaks off, the leader goes on, a few messages at a time.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ use super::{
     leader::Leader,
 };
 use crate::{
-    broker::{BrokerError, From, LastKnown, Page, Read},
+    broker::{Bounds, BrokerError, From, LastKnown, Page, Read},
     event::Event,
     subject::Subject,
 };
@@ -26,6 +26,11 @@ const TIME_MAX: Timestamp = Timestamp::constant(7_258_118_400, 0);
 const ATTEMPTS: usize = 3;
 /// How many messages the leader is asked for, one by one, where a replica fails.
 const ONE_BY_ONE: usize = 16;
+/// How far from the oldest kept event, in sequences, a replica may have dropped what the leader has not.
+const OLD_END: u64 = 10_000;
+/// How often, and how far apart, a leader is asked that is behind a replica. It is never for long.
+const LEADER_TRIES: usize = 50;
+const LEADER_PAUSE: Duration = Duration::from_millis(10);
 
 pub(super) struct History {
     pub batches: Batches,
@@ -75,9 +80,8 @@ impl History {
         });
         let Batch { events, end } = self.batches.get(&query).await?;
 
-        // Asked after the batch: what limits had spared then, they had spared when the batch was read.
-        let bounds = self.leader.info().await?.bounds;
         let proven = events.last().map_or(start, |event| event.sequence);
+        let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
         let mut page = Page { epoch: bounds.epoch, start, first: bounds.first, events, proven, more: false };
         let leader_goes_on = match end {
             End::Whole { pending: 1.., .. } => {
@@ -97,6 +101,7 @@ impl History {
                 0
             }
         };
+        page.first = self.oldest_of(&page, &filter).await?;
         if leader_goes_on > 0 && proven < bounds.last {
             self.go_on(&mut page, &filter, bounds.last, leader_goes_on).await?;
         }
@@ -142,30 +147,82 @@ impl History {
                 break;
             }
         }
-        page.epoch = self.leader.info().await?.bounds.epoch;
+        // What the leader said before this may have been removed while it was asked for the rest.
+        let bounds = self.leader.info().await?.bounds;
+        page.epoch = bounds.epoch;
+        page.first = page.first.max(bounds.first);
         Ok(())
+    }
+
+    /// The oldest sequence that was spared where a page was read. Limits take hold on each replica at its own time: near
+    /// the old end, one may have dropped what the leader still has. Then what the leader keeps is not what was read.
+    async fn oldest_of(&self, page: &Page, filter: &str) -> Result<u64, BrokerError> {
+        let from = page.first.max(page.start.saturating_add(1));
+        let oldest = page.events.iter().map(|event| event.sequence).find(|sequence| *sequence >= from);
+        let is_near = page.first > 1 && from < page.first.saturating_add(OLD_END);
+        match oldest {
+            Some(oldest) if is_near && oldest > from => {
+                let found = self.leader.next(from, filter).await?;
+                Ok(if found.is_some_and(|found| found.sequence < oldest) { oldest } else { page.first })
+            }
+            Some(_) | None => Ok(page.first),
+        }
+    }
+
+    /// The stream as the leader knows it once it has stored `sequence`, which a replica has shown.
+    ///
+    /// Asked after the replica: what limits have spared then, they had spared when the replica was read. But a replica
+    /// may be ahead of the leader for a moment, and have carried out a purge that the leader has not: then what it shows
+    /// of later events has a hole that the leader does not know of yet.
+    async fn bounds_past(&self, shown: &[Event], sequence: u64) -> Result<Bounds, BrokerError> {
+        let epoch = self.leader.epoch();
+        for _ in 0..LEADER_TRIES {
+            let info = self.leader.info().await?;
+            let bounds = info.bounds;
+            if bounds.epoch != epoch {
+                return Ok(bounds);
+            }
+            if bounds.last >= sequence {
+                self.check_incarnation(shown, info.created).await?;
+                return Ok(bounds);
+            }
+            tokio::time::sleep(LEADER_PAUSE).await;
+        }
+        Err(BrokerError::Unavailable(format!("the stream's leader does not reach {sequence}, which a replica has")))
+    }
+
+    /// A replica that is slow to hear that the stream was made anew still answers from the old one. What it shows is
+    /// older than the new one. (Servers' clocks differ: what only seems older is known to the leader.)
+    async fn check_incarnation(&self, shown: &[Event], created: Timestamp) -> Result<(), BrokerError> {
+        let Some(oldest) = shown.first().filter(|event| event.time < created) else { return Ok(()) };
+        let stored = self.leader.get(json!({ "seq": oldest.sequence })).await?;
+        match stored.and_then(|stored| stored.event(&self.batches.prefix)) {
+            Some(event) if event.time == oldest.time => Ok(()),
+            Some(_) | None => Err(BrokerError::Unavailable("a replica answered from a stream that is gone".into())),
+        }
     }
 
     pub async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         for _ in 0..ATTEMPTS {
             let before = self.leader.epoch();
-            let Some((sequences, as_of)) = self.last_of(subjects, None).await? else {
+            let Some((shown, sequences, as_of)) = self.last_of(subjects, None).await? else {
                 return Ok(None);
             };
-            let epoch = self.leader.info().await?.bounds.epoch;
+            let Bounds { epoch, first, .. } = self.bounds_past(&shown, as_of).await?;
             if epoch == before {
-                return Ok(Some(LastKnown { epoch, sequences, as_of }));
+                return Ok(Some(LastKnown { epoch, sequences, as_of, first }));
             }
         }
         Err(BrokerError::Unavailable("the stream is being made anew".into()))
     }
 
-    /// The last sequence of each of `subjects`, at most `up_to`, and up to where that holds.
+    /// What a replica shows of the last events of `subjects`, at most `up_to`, their sequences, and up to where that
+    /// holds.
     pub(super) async fn last_of(
         &self,
         subjects: &[Subject],
         up_to: Option<u64>,
-    ) -> Result<Option<(Vec<u64>, u64)>, BrokerError> {
+    ) -> Result<Option<(Vec<Event>, Vec<u64>, u64)>, BrokerError> {
         let prefix = &self.batches.prefix;
         let mut wanted: Vec<String> = subjects.iter().map(|subject| format!("{prefix}{subject}")).collect();
         let mut batch = self.batches.get(&self.last_messages(&wanted, up_to)).await?;
@@ -173,14 +230,15 @@ impl History {
             // A replica that finds nothing does not say up to where. Let it find the stream's last message, too.
             let bounds = self.leader.info().await?.bounds;
             match self.leader.get(json!({ "last_by_subj": format!("{prefix}>") })).await? {
-                None => return Ok(Some((vec![0; subjects.len()], bounds.last))),
+                None => return Ok(Some((vec![], vec![0; subjects.len()], bounds.last))),
                 Some(last) => wanted.push(last.subject),
             }
             batch = self.batches.get(&self.last_messages(&wanted, up_to)).await?;
         }
         match batch {
             Batch { events, end: End::Whole { pending: 0, up_to: Some(as_of) } } => {
-                Ok(Some((sequences(&events, subjects), as_of)))
+                let sequences = sequences(&events, subjects);
+                Ok(Some((events, sequences, as_of)))
             }
             Batch { end: End::Broken, .. } => {
                 Err(BrokerError::Unavailable("a replica did not answer to the end".into()))

@@ -68,7 +68,7 @@ impl History {
             }
             let subjects: Vec<_> = events.iter().map(|event| event.subject.clone()).collect();
             match self.last_of(&subjects, Some(as_of)).await? {
-                Some((sequences, _)) => {
+                Some((_, sequences, _)) => {
                     let known = events.into_iter().zip(sequences);
                     last.extend(known.filter(|(event, newest)| event.sequence >= *newest).map(|(event, _)| event));
                 }
