@@ -65,6 +65,8 @@ pub struct History {
     pub page_bytes: usize,
     #[serde(deserialize_with = "positive")]
     pub concurrency: usize,
+    #[serde(deserialize_with = "positive")]
+    pub shared_pages: usize,
 }
 
 #[derive(Clone, Debug, Deserialize)]

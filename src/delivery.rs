@@ -6,7 +6,16 @@
 
 mod peer;
 
-use std::{collections::VecDeque, io, io::IoSlice, net::TcpStream as StdTcpStream, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    io,
+    io::IoSlice,
+    net::TcpStream as StdTcpStream,
+    sync::Arc,
+    task::{Poll, ready},
+    time::Duration,
+};
 
 use bytes::{Buf, Bytes};
 use rand::RngExt;
@@ -37,7 +46,9 @@ const PIECES_MAX: usize = 64;
 
 /// All streams of this node: counts and caps them, and ends them on drain.
 #[derive(Clone)]
-pub struct Deliveries {
+pub struct Deliveries(Arc<Shared>);
+
+struct Shared {
     slots: Arc<Semaphore>,
     sse: config::Sse,
     stall: Duration,
@@ -70,7 +81,7 @@ enum End {
 impl Deliveries {
     /// Streams whose tasks run on, and are counted by, `tasks`.
     pub fn new(config: &Config, metrics: Arc<Metrics>, tasks: Tasks) -> Deliveries {
-        Deliveries {
+        Deliveries(Arc::new(Shared {
             slots: Arc::new(Semaphore::new(config.limits.streams.min(Semaphore::MAX_PERMITS))),
             sse: config.sse.clone(),
             stall: config.limits.stall,
@@ -78,25 +89,25 @@ impl Deliveries {
             draining: CancellationToken::new(),
             metrics,
             tasks,
-        }
+        }))
     }
 
     /// Room for one more stream, if there is.
     pub fn admit(&self) -> Option<Admission> {
-        let slot = self.slots.clone().try_acquire_owned().ok()?;
+        let slot = self.0.slots.clone().try_acquire_owned().ok()?;
         Some(Admission { deliveries: self.clone(), slot })
     }
 
     /// Ends every stream at its own moment, and waits until the last has ended.
     pub async fn drain(&self) {
-        self.draining.cancel();
-        self.tasks.finished().await;
+        self.0.draining.cancel();
+        self.0.tasks.finished().await;
     }
 
     /// How long this client is to wait before it reconnects: between one and two times the configured time, so that
     /// clients that lost their connections together do not return together.
     pub fn retry(&self) -> Duration {
-        self.sse.retry.mul_f64(rand::rng().random_range(1.0..2.0))
+        self.0.sse.retry.mul_f64(rand::rng().random_range(1.0..2.0))
     }
 }
 
@@ -107,42 +118,68 @@ impl Admission {
     /// When the socket can't be taken over by this runtime.
     pub fn deliver(self, socket: StdTcpStream, opening: Opening, cursor: Cursor) -> io::Result<()> {
         let Admission { deliveries, slot } = self;
-        let tasks = deliveries.tasks.clone();
         // The latency of the last piece of a burst is worth more than full packets.
         socket.set_nodelay(true)?;
         socket2::SockRef::from(&socket).set_tcp_notsent_lowat(NOTSENT_BYTES)?;
+        let tasks = deliveries.0.tasks.clone();
+        let socket = {
+            let _in_runtime = tasks.enter();
+            TcpStream::from_std(socket)?
+        };
+        let opening = opening_bytes(opening, deliveries.retry());
+        // Used where it stands, and all that is rare is boxed: this future is what an idle client costs.
+        let mut delivery = Delivery { socket, cursor, deliveries: deliveries.0, opening, unasked_bytes: 0 };
         tasks.spawn_uncut(async move {
-            let metrics = deliveries.metrics.clone();
-            let end = match TcpStream::from_std(socket) {
-                Ok(socket) => {
-                    metrics.streams.inc();
-                    let end = Delivery { socket, cursor, deliveries, unasked_bytes: 0 }.run(opening).await;
-                    // Before the metric says so, there is room for another.
-                    drop(slot);
-                    metrics.streams.dec();
-                    end
-                }
-                Err(_) => End::WriteFailed,
-            };
-            metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
+            delivery.deliveries.metrics.streams.inc();
+            let end = delivery.run().await;
+            // Before the metric says so, there is room for another.
+            drop(slot);
+            delivery.deliveries.metrics.streams.dec();
+            delivery.deliveries.metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
         });
         Ok(())
     }
 }
 
+/// What a client is told before its first event.
+fn opening_bytes(opening: Opening, retry: Duration) -> Bytes {
+    match opening {
+        Opening::Position(id) => sse::opening(retry, Some(&id)),
+        Opening::Snapshot => sse::opening(retry, None),
+        Opening::Gap(gap) => [sse::opening(retry, None), gap.bytes].concat().into(),
+    }
+}
+
+/// How much of some frames the socket had room for.
+enum Wrote {
+    All,
+    Some,
+}
+
 struct Delivery {
     socket: TcpStream,
     cursor: Cursor,
-    deliveries: Deliveries,
+    deliveries: Arc<Shared>,
+    /// Empty once it has been written.
+    opening: Bytes,
     unasked_bytes: usize,
 }
 
+/// What a delivery waits for.
+enum Next {
+    Frames(Vec<Frame>),
+    Beat,
+    Draining,
+    Closed(End),
+}
+
 impl Delivery {
-    async fn run(mut self, opening: Opening) -> End {
-        match self.stream(opening).await {
+    async fn run(&mut self) -> End {
+        match self.stream().await {
             Ok(never) => match never {},
             Err(End::Drained) => {
-                let farewell = sse::farewell(self.deliveries.retry(), "this node is going away, please reconnect");
+                let retry = Deliveries(self.deliveries.clone()).retry();
+                let farewell = sse::farewell(retry, "this node is going away, please reconnect");
                 let _ = self.socket.try_write(&farewell);
                 End::Drained
             }
@@ -150,23 +187,34 @@ impl Delivery {
         }
     }
 
-    async fn stream(&mut self, opening: Opening) -> Result<std::convert::Infallible, End> {
-        let draining = self.deliveries.draining.clone();
-        let mut end_at = None;
+    async fn stream(&mut self) -> Result<std::convert::Infallible, End> {
         let heartbeat = self.deliveries.sse.heartbeat;
+        // Once the node drains, the moment at which this stream ends.
         let beat = tokio::time::sleep(jittered(heartbeat));
         tokio::pin!(beat);
+        let draining = self.deliveries.draining.clone().cancelled_owned();
+        tokio::pin!(draining);
+        let mut ends = false;
         let mut written_at = Instant::now();
 
-        self.open(opening).await?;
+        let opening = std::mem::take(&mut self.opening);
+        self.write_all(opening).await?;
         loop {
-            tokio::select! {
-                frames = self.cursor.next() => {
+            // Waits that outlast an event stay registered across it: making them anew costs more than the event.
+            let next = tokio::select! {
+                frames = self.cursor.next() => Next::Frames(frames),
+                closed = closed(&self.socket, &mut self.unasked_bytes) => Next::Closed(closed),
+                () = &mut beat => Next::Beat,
+                () = &mut draining, if !ends => Next::Draining,
+            };
+            match next {
+                Next::Frames(frames) => {
                     self.write(frames).await?;
                     written_at = Instant::now();
                 }
-                closed = closed(&self.socket, &mut self.unasked_bytes) => return Err(closed),
-                () = &mut beat => {
+                Next::Closed(end) => return Err(end),
+                Next::Beat if ends => return Err(End::Drained),
+                Next::Beat => {
                     // Re-armed here and not at every write, which would cost each event a turn of the timer.
                     self.check_peer()?;
                     let quiet = written_at.elapsed();
@@ -182,25 +230,11 @@ impl Delivery {
                     }
                     beat.as_mut().reset(Instant::now() + next);
                 }
-                () = draining.cancelled(), if end_at.is_none() => {
+                Next::Draining => {
+                    ends = true;
                     let moment = self.deliveries.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
-                    end_at = Some(Instant::now() + moment);
+                    beat.as_mut().reset(Instant::now() + moment);
                 }
-                () = tokio::time::sleep_until(end_at.unwrap_or_else(Instant::now)), if end_at.is_some() => {
-                    return Err(End::Drained);
-                }
-            }
-        }
-    }
-
-    async fn open(&mut self, opening: Opening) -> Result<(), End> {
-        let retry = self.deliveries.retry();
-        match opening {
-            Opening::Position(id) => self.write_all(sse::opening(retry, Some(&id))).await,
-            Opening::Snapshot => self.write_all(sse::opening(retry, None)).await,
-            Opening::Gap(gap) => {
-                self.write_all(sse::opening(retry, None)).await?;
-                self.write_all(gap.bytes).await
             }
         }
     }
@@ -208,29 +242,51 @@ impl Delivery {
     /// Writes frames as the socket has room. When it has none for a while, what was not begun goes back to the cursor.
     async fn write(&mut self, frames: Vec<Frame>) -> Result<(), End> {
         let mut frames = VecDeque::from(frames);
-        while !frames.is_empty() {
-            let pieces =
-                frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]).filter(|piece| !piece.is_empty());
-            let pieces: Vec<_> = pieces.take(PIECES_MAX).map(|piece| IoSlice::new(piece)).collect();
-            match self.socket.try_write_vectored(&pieces) {
-                Ok(written) => {
-                    self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
-                    let whole = take_off(&mut frames, written);
-                    self.deliveries.metrics.events_delivered.inc_by(whole);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if let Ok(room) = tokio::time::timeout(PATIENCE, self.room()).await {
-                        room?;
-                        continue;
-                    }
+        match self.try_write(&mut frames)? {
+            Wrote::All => Ok(()),
+            Wrote::Some => Box::pin(self.write_slowly(frames)).await,
+        }
+    }
+
+    async fn write_slowly(&mut self, mut frames: VecDeque<Frame>) -> Result<(), End> {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.room()).await {
+                Ok(room) => room?,
+                Err(_elapsed) => {
                     frames.truncate(1);
                     self.cursor.give_back_after(frames[0].sequence);
                     self.room().await?;
                 }
+            }
+            if let Wrote::All = self.try_write(&mut frames)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Writes as much of `frames` as there is room for.
+    fn try_write(&mut self, frames: &mut VecDeque<Frame>) -> Result<Wrote, End> {
+        while let Some(first) = frames.front() {
+            let written = if frames.len() == 1 && first.id_line.is_empty() {
+                // Most often there is one.
+                self.socket.try_write(&first.block)
+            } else {
+                let pieces = frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]);
+                let pieces = pieces.filter(|piece| !piece.is_empty()).take(PIECES_MAX);
+                let pieces: Vec<_> = pieces.map(|piece| IoSlice::new(piece)).collect();
+                self.socket.try_write_vectored(&pieces)
+            };
+            match written {
+                Ok(written) => {
+                    self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
+                    let whole = take_off(frames, written);
+                    self.deliveries.metrics.events_delivered.inc_by(whole);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Wrote::Some),
                 Err(_) => return Err(End::WriteFailed),
             }
         }
-        Ok(())
+        Ok(Wrote::All)
     }
 
     async fn write_all(&mut self, mut bytes: Bytes) -> Result<(), End> {
@@ -240,7 +296,7 @@ impl Delivery {
                     self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
                     bytes.advance(written);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.room().await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Box::pin(self.room()).await?,
                 Err(_) => return Err(End::WriteFailed),
             }
         }
@@ -294,21 +350,23 @@ fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> u64 {
 
 /// Resolves when the client has closed its side. Whatever else it sends is ignored, up to a bound.
 async fn closed(socket: &TcpStream, unasked_bytes: &mut usize) -> End {
-    let mut ignored = [0; 512];
-    loop {
-        if socket.readable().await.is_err() {
-            return End::ClientClosed;
+    poll_fn(|cx| {
+        while ready!(socket.poll_read_ready(cx)).is_ok() {
+            // Not kept while waiting: there are as many of these as clients.
+            let mut ignored = [0; 512];
+            match socket.try_read(&mut ignored) {
+                Ok(0) => break,
+                Ok(read) => *unasked_bytes += read,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(_) => break,
+            }
+            if *unasked_bytes > UNASKED_BYTES_MAX {
+                break;
+            }
         }
-        match socket.try_read(&mut ignored) {
-            Ok(0) => return End::ClientClosed,
-            Ok(read) => *unasked_bytes += read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(_) => return End::ClientClosed,
-        }
-        if *unasked_bytes > UNASKED_BYTES_MAX {
-            return End::ClientClosed;
-        }
-    }
+        Poll::Ready(End::ClientClosed)
+    })
+    .await
 }
 
 impl End {

@@ -41,6 +41,7 @@ metrics! {
     doubts: IntCounterVec("tidegate_doubts_total", "Times a feed read again from its proven position, by why.", ["cause"]);
     gaps: IntCounterVec("tidegate_gaps_total", "Gaps that clients were told of, by why.", ["reason"]);
     history_reads: IntCounter("tidegate_history_reads_total", "Pages of history read on behalf of clients.");
+    history_shared: IntCounter("tidegate_history_shared_total", "Pages of history that had been read for another client.");
     refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code"]);
     broker_up: IntGauge("tidegate_broker_up", "1 while the broker can be reached.");
 }

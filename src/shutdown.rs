@@ -33,6 +33,11 @@ impl Tasks {
         self.tracker.spawn_on(task, &self.runtime);
     }
 
+    /// While this is kept, sockets that the current thread makes belong to the runtime of these tasks.
+    pub fn enter(&self) -> tokio::runtime::EnterGuard<'_> {
+        self.runtime.enter()
+    }
+
     /// Resolves when all tasks have returned, and no more can be expected.
     pub async fn finished(&self) {
         self.tracker.close();

@@ -24,7 +24,7 @@ use nats_server::NatsServer;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Small pages, so that few events fill them.
-const HISTORY: History = History { page_events: 5, page_bytes: 4000, concurrency: 4 };
+const HISTORY: History = History { page_events: 5, page_bytes: 4000, concurrency: 4, shared_pages: 4 };
 
 /// Runs the suite against the broker that `$start` makes. It is a tuple, whose first is the broker and whose others
 /// live as long.

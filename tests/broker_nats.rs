@@ -24,7 +24,7 @@ use nats_server::NatsServer;
 
 /// How long anything may take that is bound to happen.
 const PATIENCE: Duration = Duration::from_secs(10);
-const HISTORY: History = History { page_events: 100, page_bytes: 100_000, concurrency: 4 };
+const HISTORY: History = History { page_events: 100, page_bytes: 100_000, concurrency: 4, shared_pages: 4 };
 const EVENT_BYTES: usize = 100_000;
 
 // At start.

@@ -10,7 +10,7 @@
 //! handed over once: it is skipped at a place if another filter that matches it stands at or past it. Frames come from
 //! one place at a time, so that they can be given back.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::{
@@ -23,10 +23,11 @@ use super::{
     Hub,
     backoff::Backoff,
     feed::{Reader, Take},
+    pages::{Ahead, SharedPage},
     resume::{self, Found, StartAt},
 };
 use crate::{
-    broker::{From, Page, Read, SnapshotPage, SnapshotRead},
+    broker::{SnapshotPage, SnapshotRead},
     event::{Epoch, Event},
     position::{Position, Tag},
     sse::{self, Block, Format, GapReason},
@@ -54,7 +55,7 @@ pub(super) struct Place {
     /// Everything up to here has been handed over, or is known not to exist.
     pub position: u64,
     /// Events of a page that were not handed over yet.
-    pub ahead: VecDeque<Event>,
+    pub ahead: Ahead,
     /// Where the page that they came from proves its reader to be after them.
     pub ahead_proven: u64,
 }
@@ -79,7 +80,7 @@ pub struct Frame {
 
 enum Fetched {
     /// A page for one of the places.
-    Page(usize, Page),
+    Page(usize, Arc<SharedPage>),
     SnapshotPage(SnapshotPage),
     /// A feed was closed; this is where to go on in those that follow.
     Moved(Found),
@@ -88,7 +89,7 @@ enum Fetched {
 impl Place {
     pub(super) fn new(reader: Reader, position: u64) -> Place {
         let moved = reader.feed.moved();
-        Place { moved, tag: Place::tag(&reader), reader, position, ahead: VecDeque::new(), ahead_proven: 0 }
+        Place { moved, tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
     }
 
     pub(super) fn tag(reader: &Reader) -> Tag {
@@ -142,7 +143,7 @@ impl Cursor {
         }
         let place = &mut self.places[self.turn];
         place.position = place.position.min(sequence);
-        self.places.iter_mut().for_each(|place| place.ahead.clear());
+        self.places.iter_mut().for_each(|place| place.ahead = Ahead::default());
     }
 
     /// The position to tell a client that has been handed everything there is, if it has moved without an event.
@@ -237,10 +238,10 @@ impl Cursor {
     fn take_ahead(&mut self, number: usize) -> Vec<(u64, Block)> {
         let bytes_max = self.hub.0.settings.write_bytes;
         let (mut blocks, mut bytes) = (vec![], 0);
-        while let Some(event) = self.places[number].ahead.front() {
-            let sequence = event.sequence;
-            if !self.skips(number, &event.subject, sequence) {
-                let block = sse::event(self.epoch, event, self.format);
+        while let Some(passage) = self.places[number].ahead.front() {
+            let sequence = passage.event.sequence;
+            if !passage.has_expired() && !self.skips(number, &passage.event.subject, sequence) {
+                let block = passage.block(self.epoch, self.format);
                 if !blocks.is_empty() && bytes + block.bytes.len() > bytes_max {
                     break;
                 }
@@ -248,7 +249,7 @@ impl Cursor {
                 blocks.push((sequence, block));
             }
             let place = &mut self.places[number];
-            place.ahead.pop_front();
+            place.ahead.advance();
             place.position = sequence;
         }
         let place = &mut self.places[number];
@@ -341,11 +342,10 @@ impl Cursor {
                 if expired {
                     place.position = page.first - 1;
                 }
-                let kept = page.events.into_iter().filter(|event| event.sequence > place.position);
-                place.ahead = kept.collect();
                 place.ahead_proven = page.proven;
+                place.ahead = Ahead::after(page, place.position);
                 if place.ahead.is_empty() {
-                    place.position = place.position.max(page.proven);
+                    place.position = place.position.max(place.ahead_proven);
                 }
                 self.turn = number;
                 expired.then(|| self.gap(&before.to_string(), GapReason::Expired))
@@ -362,11 +362,11 @@ impl Cursor {
     fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {
         let hub = self.hub.clone();
         let filter = self.places[number].reader.feed.filter.clone();
-        let from = From::After(self.places[number].position);
+        let (epoch, after) = (self.epoch, self.places[number].position);
         async move {
             let mut backoff = Backoff::new();
             loop {
-                match hub.read_history(Read { filter: filter.clone(), from, until: 0 }).await {
+                match hub.read_shared(epoch, &filter, after).await {
                     Ok(page) => return Fetched::Page(number, page),
                     Err(error) => tracing::debug!(%filter, %error, "reading history failed"),
                 }

@@ -8,6 +8,7 @@
 mod backoff;
 mod cursor;
 mod feed;
+mod pages;
 mod resume;
 #[cfg(test)]
 mod tests;
@@ -24,14 +25,16 @@ use tokio::sync::Semaphore;
 use self::{
     backoff::Backoff,
     feed::{Feed, Reader},
+    pages::{Pages, SharedPage},
 };
 pub use self::{
     cursor::{Cursor, Frame},
     resume::{Opening, Start, StartAt},
 };
 use crate::{
-    broker::{Bounds, BrokerError, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
+    broker::{Bounds, BrokerError, From, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
     config,
+    event::Epoch,
     metrics::Metrics,
     shutdown::Tasks,
     sse::Format,
@@ -53,6 +56,7 @@ struct Inner {
     history: Semaphore,
     /// The same for feeds, which readers wait for, so that neither stands in the other's line.
     repairs: Semaphore,
+    pages: Pages,
     metrics: Arc<Metrics>,
     tasks: Tasks,
 }
@@ -86,6 +90,7 @@ impl Hub {
             feeds: Mutex::default(),
             history: Semaphore::new(settings.history.concurrency),
             repairs: Semaphore::new(settings.history.concurrency),
+            pages: Pages::new(settings.history.shared_pages),
             settings,
             metrics,
             tasks: tasks.clone(),
@@ -152,6 +157,30 @@ impl Hub {
         self.0.broker.read(read).await
     }
 
+    /// The page after a place, read once for all clients that come for it at about the same time.
+    async fn read_shared(&self, epoch: Epoch, filter: &Filter, after: u64) -> Result<Arc<SharedPage>, BrokerError> {
+        loop {
+            let flight = self.0.pages.flight(filter, after);
+            let was_there = flight.initialized();
+            let read = || async {
+                let read = Read { filter: filter.clone(), from: From::After(after), until: 0 };
+                Ok::<_, BrokerError>(Arc::new(SharedPage::new(self.read_history(read).await?)))
+            };
+            let page = flight.get_or_try_init(read).await?.clone();
+            if page.proven <= after || page.epoch != epoch {
+                self.0.pages.forget(&flight);
+            }
+            if was_there && page.epoch != epoch {
+                // Of a stream that is gone: a new one says where this client is.
+                continue;
+            }
+            if was_there {
+                self.0.metrics.history_shared.inc();
+            }
+            return Ok(page);
+        }
+    }
+
     /// Reads a page of a snapshot for a client, in its turn.
     async fn read_snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
@@ -168,6 +197,7 @@ impl Hub {
                 () = tokio::time::sleep(jittered(self.0.settings.audit.interval)) => {}
                 Ok(()) = doubts.changed() => {}
             }
+            self.0.pages.tidy();
             let mut backoff = Backoff::new();
             while let Err(error) = self.audit().await {
                 tracing::debug!(%error, "audit put off");

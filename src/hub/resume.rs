@@ -9,7 +9,7 @@
 //! no id of ours                              -> gap unknown-id, then as without an id
 //! ```
 
-use std::collections::VecDeque;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
@@ -17,10 +17,11 @@ use super::{
     Hub,
     cursor::{Cursor, Place, Snapshot},
     feed::Reader,
+    pages::{Ahead, SharedPage},
 };
 use crate::{
     broker::{BrokerError, From, Read, SnapshotRead},
-    event::{Epoch, Event},
+    event::Epoch,
     position::Position,
     sse::{self, Block, Format, GapReason},
     subject::Filter,
@@ -158,13 +159,14 @@ async fn begin_with(hub: &Hub, epoch: Epoch, reader: Reader, from: From) -> Resu
         return Ok(None);
     }
     // What expired while the page was read may leave holes below the oldest kept: begin there.
-    let ahead: VecDeque<Event> = page.events.into_iter().filter(|event| event.sequence >= page.first).collect();
+    let (first, proven) = (page.first, page.proven);
+    let ahead = Ahead::after(Arc::new(SharedPage::new(page)), first.saturating_sub(1));
     let position = match ahead.front() {
-        Some(event) => event.sequence - 1,
-        None => page.proven.max(page.first - 1),
+        Some(passage) => passage.event.sequence - 1,
+        None => proven.max(first - 1),
     };
     let mut place = Place::new(reader, position);
-    (place.ahead, place.ahead_proven) = (ahead, page.proven);
+    (place.ahead, place.ahead_proven) = (ahead, proven);
     Ok(Some(place))
 }
 

@@ -487,6 +487,52 @@ async fn filters_that_begin_now_begin_at_the_same_moment() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn many_who_come_back_to_one_place_share_its_reads() {
+    let broker = Faulty::new(10);
+    let hub = hub(&broker, |settings| settings.feed.events = 4);
+    let (_, _keeps_the_feed) = subscribe(&hub, "a", from(StartAt::Now)).await;
+    let first = broker.publish("a").await;
+    for _ in 0..300 {
+        broker.publish("a").await;
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        let hub = hub.clone();
+        clients.spawn(async move {
+            let (_, mut cursor) = subscribe(&hub, "a", after(first)).await;
+            take(&mut cursor, 300).await
+        });
+    }
+    let expected: Vec<_> = (2..=301).collect();
+    assert!(clients.join_all().await.iter().all(|got| *got == expected));
+    // 300 events are two pages.
+    assert!(hub.0.metrics.history_reads.get() <= 4, "{}", hub.0.metrics.history_reads.get());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shared_page_of_a_stream_that_is_gone_misleads_nobody() {
+    let broker = Faulty::new(11);
+    let hub = hub(&broker, |settings| settings.feed.events = 1);
+    let old = broker.publish("a").await;
+    broker.publish("a").await;
+    broker.publish("a").await;
+    let (_, mut cursor) = subscribe(&hub, "a", after(old)).await;
+    assert_eq!(take(&mut cursor, 2).await, [2, 3]);
+
+    broker.recreate();
+    let new = broker.publish("a").await;
+    broker.publish("a").await;
+    broker.publish("a").await;
+    let (opening, _) = subscribe(&hub, "a", after(old)).await;
+    let told = text(&opening);
+    assert!(told.contains("recreated") || told == old.to_string(), "{told}");
+    let (opening, mut cursor) = subscribe(&hub, "a", after(new)).await;
+    assert_eq!(text(&opening), new.to_string());
+    assert_eq!(take(&mut cursor, 2).await, [2, 3]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_feed_is_kept_a_little_longer_than_its_last_reader() {
     let broker = Faulty::new(6);
     let hub = hub(&broker, |settings| settings.feed.linger = Duration::from_secs(5));

@@ -1,0 +1,186 @@
+//! Publishing through a gateway, beside a bare async-nats publisher with message ids on the same stream. Each waits for
+//! the broker's acknowledgement.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
+
+use async_nats::HeaderMap;
+use futures_util::StreamExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::{
+    PAYLOAD_BYTES, SETTINGS, median,
+    process::{NatsServer, Process, SERVER_CORE},
+    target::Target,
+    wire,
+};
+
+const ROUNDS: usize = 3;
+const ONE_BY_ONE: u32 = 1_000;
+const MANY: u32 = 10_000;
+const AT_ONCE: u32 = 64;
+
+/// How long so many publications took together, and one of them in the median.
+struct Took {
+    all: Duration,
+    median: Duration,
+}
+
+pub fn compare() {
+    println!("\npublishing {PAYLOAD_BYTES} bytes, acknowledged by the broker");
+    let nats = NatsServer::start();
+    let mut target = Target::gateway(Some(&nats), SETTINGS);
+    let bare = |at_once: u32, count: u32| {
+        let arguments = ["bare", &nats.url, &at_once.to_string(), &count.to_string()];
+        let line = Process::start_self(SERVER_CORE, &arguments).next_line();
+        let micros: Vec<f64> = line.split(' ').map(|text| text.parse().expect("a number")).collect();
+        Took { all: Duration::from_secs_f64(micros[0] / 1e6), median: Duration::from_secs_f64(micros[1] / 1e6) }
+    };
+    let rate = |took: &Took, count: u32| f64::from(count) / took.all.as_secs_f64();
+
+    let (mut one, mut bare_one, mut many, mut batch) = (vec![], vec![], vec![], vec![]);
+    let mut costs = [Duration::ZERO; 6];
+    for _ in 0..ROUNDS {
+        let measured =
+            |target: &mut Target, slot: usize, costs: &mut [Duration; 6], run: &dyn Fn(&mut Target) -> Took| {
+                let (before, nats_before) = (target.process().cpu(), nats.cpu());
+                let took = run(target);
+                costs[2 * slot] += target.process().cpu() - before;
+                costs[2 * slot + 1] += nats.cpu() - nats_before;
+                took
+            };
+        bare_one.push(bare(1, ONE_BY_ONE).median.as_secs_f64() * 1e3);
+        let took = measured(&mut target, 0, &mut costs, &|target| over_http(target.address, 1, ONE_BY_ONE));
+        one.push(took.median.as_secs_f64() * 1e3);
+
+        let floor = rate(&bare(AT_ONCE, MANY), MANY);
+        let took = measured(&mut target, 1, &mut costs, &|target| over_http(target.address, AT_ONCE, MANY));
+        many.push((floor, rate(&took, MANY)));
+
+        let floor = rate(&bare(AT_ONCE, MANY), MANY);
+        let took = measured(&mut target, 2, &mut costs, &in_a_batch);
+        batch.push((floor, rate(&took, MANY)));
+    }
+    let cost = |slot: usize, count: u32| {
+        let each = |cost: Duration| cost.as_secs_f64() * 1e6 / f64::from(count) / ROUNDS as f64;
+        format!("gateway {:.1} us, nats-server {:.1} us of CPU each", each(costs[2 * slot]), each(costs[2 * slot + 1]))
+    };
+    let (bare_one, one) = (median(bare_one.into_iter()), median(one.into_iter()));
+    println!(
+        "one by one    bare {bare_one:>8.3} ms  gateway {one:>8.3} ms  {:+.3} ms ({})",
+        one - bare_one,
+        cost(0, ONE_BY_ONE)
+    );
+    for (name, slot, rates) in [("64 at a time", 1, &many), ("a batch", 2, &batch)] {
+        let ratio = median(rates.iter().map(|(bare, gateway)| gateway / bare));
+        let (bare, gateway) = (median(rates.iter().map(|r| r.0)), median(rates.iter().map(|r| r.1)));
+        println!("{name:<13} bare {bare:>8.0}/s   gateway {gateway:>8.0}/s   x {ratio:.2} ({})", cost(slot, MANY));
+    }
+}
+
+fn in_a_batch(target: &mut Target) -> Took {
+    let began = Instant::now();
+    for number in 0..MANY {
+        target.publish(None, number + 1, PAYLOAD_BYTES);
+    }
+    target.flush();
+    target.acknowledged();
+    Took { all: began.elapsed(), median: Duration::ZERO }
+}
+
+/// Publishes over as many connections as there are publications at once.
+fn over_http(address: SocketAddr, at_once: u32, count: u32) -> Took {
+    in_runtime(async move {
+        let began = Instant::now();
+        let publishers = (0..at_once).map(|_| {
+            tokio::spawn(async move {
+                let mut socket = tokio::net::TcpStream::connect(address).await.expect("the gateway listens");
+                socket.set_nodelay(true).expect("a socket of our own");
+                let mut times = vec![];
+                let mut answer = vec![0; 4096];
+                for number in 0..count / at_once {
+                    let payload = wire::payload(number, PAYLOAD_BYTES);
+                    let length = payload.len();
+                    let request =
+                        format!("POST /events/f0 HTTP/1.1\r\nHost: bench\r\nContent-Length: {length}\r\n\r\n{payload}");
+                    let began = Instant::now();
+                    socket.write_all(request.as_bytes()).await.expect("the gateway listens");
+                    // An answer is short, and there is never more than one.
+                    let mut read = 0;
+                    while !answer[..read].ends_with(b"}") {
+                        read += socket.read(&mut answer[read..]).await.expect("the gateway answers");
+                    }
+                    assert!(answer.starts_with(b"HTTP/1.1 201 "), "{}", String::from_utf8_lossy(&answer[..read]));
+                    times.push(began.elapsed());
+                }
+                times
+            })
+        });
+        let mut times = vec![];
+        for publisher in publishers.collect::<Vec<_>>() {
+            times.extend(publisher.await.expect("publishers do not panic"));
+        }
+        Took { all: began.elapsed() * count / times.len() as u32, median: middle(times) }
+    })
+}
+
+/// Publishes as leanly as async-nats can: one inbox, a message id each, so many waiting for their acknowledgements.
+pub fn bare(arguments: &[String]) {
+    let at_once: u32 = arguments[1].parse().expect("a number");
+    let count: u32 = arguments[2].parse().expect("a number");
+    let took = in_runtime(async {
+        let client = async_nats::connect(&arguments[0]).await.expect("NATS is there");
+        let inbox = client.new_inbox();
+        let mut answers = client.subscribe(format!("{inbox}.*")).await.expect("an inbox");
+        client.flush().await.expect("NATS is there");
+        let began = Instant::now();
+        let (mut sent, mut begun, mut times) = (0, std::collections::VecDeque::new(), vec![]);
+        while times.len() < count as usize {
+            while sent < count && begun.len() < at_once as usize {
+                let mut headers = HeaderMap::new();
+                headers.insert("Nats-Msg-Id", format!("{}-{sent}", wire::nanos()));
+                headers.insert("Nats-Expected-Stream", "EVENTS");
+                begun.push_back(Instant::now());
+                let payload = wire::payload(sent, PAYLOAD_BYTES).into();
+                let reply = format!("{inbox}.{sent}");
+                let published = client.publish_with_reply_and_headers("events.f0", reply, headers, payload);
+                published.await.expect("NATS listens");
+                sent += 1;
+            }
+            let answer = answers.next().await.expect("NATS answers");
+            assert!(answer.payload.starts_with(b"{\"stream\":\"EVENTS\""), "{answer:?}");
+            times.push(begun.pop_front().expect("as many as answers").elapsed());
+        }
+        Took { all: began.elapsed(), median: middle(times) }
+    });
+    println!("{} {}", took.all.as_micros(), took.median.as_micros());
+}
+
+fn in_runtime<T>(task: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(task)
+}
+
+fn middle(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// The position of a client that begins now.
+pub fn position(gateway: SocketAddr) -> String {
+    let mut socket = TcpStream::connect(gateway).expect("the gateway listens");
+    socket.write_all(b"GET /events/f0 HTTP/1.1\r\nHost: bench\r\n\r\n").expect("the gateway listens");
+    let mut text = String::new();
+    let mut piece = [0; 4096];
+    loop {
+        let read = socket.read(&mut piece).expect("the gateway answers");
+        text.push_str(&String::from_utf8_lossy(&piece[..read]));
+        if let Some((id, _)) = text.split_once("\nid: ").and_then(|(_, rest)| rest.split_once('\n')) {
+            return id.to_owned();
+        }
+        assert!(read > 0, "the gateway's answer ends: {text}");
+    }
+}
