@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! broker hints --> Feed (proves, remembers) --> Cursor (one client's place) --> delivery
-//! broker history <---- repair ----'     <---- catch-up ----'
+//! broker history <---- repair ----'     <- Pages <- catch-up'   (read once for all who come to the same place)
 //! ```
 
 mod backoff;
