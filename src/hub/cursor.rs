@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     broker::{SnapshotPage, SnapshotRead},
-    event::{Epoch, Event},
+    event::{Epoch, Event, EventId},
     position::{Position, Tag},
     sse::{self, Block, Format, GapReason},
     subject::Subject,
@@ -160,8 +160,11 @@ impl Cursor {
         moved.then(|| self.position())
     }
 
-    /// Where the client stands.
+    /// Where the client stands. During a snapshot that is in the snapshot, not behind it.
     pub(super) fn position(&self) -> Position {
+        if let Some(snapshot) = &self.snapshot {
+            return EventId { epoch: self.epoch, sequence: snapshot.position }.into();
+        }
         let base = self.places.iter().map(|place| place.position).min().expect("there is at least one place");
         Position::new(self.epoch, base, self.places.iter().map(|place| (place.tag, place.position)))
     }

@@ -138,9 +138,7 @@ impl Reader {
         };
         self.feed.epoch.get_or_try_init(start).await.copied()
     }
-}
 
-impl Reader {
     /// Hints, and where the stream ended after they began.
     async fn listen(&self) -> Result<(Hints, Bounds), BrokerError> {
         let broker = &self.hub.0.broker;

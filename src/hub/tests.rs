@@ -371,6 +371,19 @@ async fn a_snapshot_that_dies_halfway_goes_on_from_there() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_unknown_id_before_a_snapshot_does_not_stand_behind_it() {
+    let broker = Faulty::new(12);
+    let hub = hub(&broker, |_| {});
+    let id = broker.publish("a").await;
+    let start = Start { last_event_id: Some("none of ours".into()), at: StartAt::Snapshot };
+    let (opening, _) = subscribe(&hub, "a", start).await;
+    // Whoever is cut off here has seen nothing of the snapshot.
+    assert!(text(&opening).starts_with(&format!("id: {}-0\n", id.epoch)), "{opening:?}");
+    let (_, mut cursor) = subscribe(&hub, "a", after(EventId { sequence: 0, ..id })).await;
+    assert_eq!(take(&mut cursor, 1).await, [1]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_filter_that_is_new_to_an_id_begins_at_its_lowest() {
     let broker = Faulty::new(8);
     let hub = hub(&broker, |_| {});
