@@ -200,8 +200,10 @@ impl Delivery {
         let opening = std::mem::take(&mut self.opening);
         self.write_all(opening).await?;
         loop {
-            // Waits that outlast an event stay registered across it: making them anew costs more than the event.
+            // Waits that outlast an event stay registered across it: making them anew costs more than the event. And
+            // most often it is an event: the others are looked at when there is none.
             let next = tokio::select! {
+                biased;
                 frames = self.cursor.next() => Next::Frames(frames),
                 closed = closed(&self.socket, &mut self.unasked_bytes) => Next::Closed(closed),
                 () = &mut beat => Next::Beat,

@@ -78,6 +78,7 @@ impl Gateway {
         let app = http::App {
             hub,
             broker: broker.clone(),
+            publisher: broker.clone(),
             deliveries: deliveries.clone(),
             metrics,
             limits: config.limits.clone(),

@@ -40,7 +40,7 @@
 //! # Walkthrough: a publish
 //!
 //! `POST /events/demo` arrives at `http::publish`, which parses everything before it reads the body: from there on a
-//! [`subject::Subject`] is one. [`broker::Broker::publish`] hands the event over; the answer waits for the broker's
+//! [`subject::Subject`] is one. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
 //! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that
 //! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from U to see what it has
 //! missed. Each reader's [`hub::Cursor`] takes the frame, and its `delivery` task writes it.

@@ -1,7 +1,10 @@
 //! Ends what was begun: every task of a gateway is spawned here, and ended from here.
 
 use tokio::runtime::Handle;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 
 /// The tasks of one part of a gateway. Clones own them together.
 #[derive(Clone)]
@@ -10,6 +13,9 @@ pub struct Tasks {
     tracker: TaskTracker,
     ended: CancellationToken,
 }
+
+/// Ends a task when it is dropped.
+pub struct Ending(#[expect(dead_code, reason = "kept for its drop")] AbortOnDropHandle<()>);
 
 impl Tasks {
     /// Tasks that run on `runtime`.
@@ -26,6 +32,15 @@ impl Tasks {
             },
             &self.runtime,
         );
+    }
+
+    /// As [`Tasks::spawn`], but the task ends with what is returned, too.
+    pub fn spawn_ending(&self, task: impl Future<Output = ()> + Send + 'static) -> Ending {
+        let ended = self.ended.clone();
+        let task = async move {
+            ended.run_until_cancelled(task).await;
+        };
+        Ending(AbortOnDropHandle::new(self.tracker.spawn_on(task, &self.runtime)))
     }
 
     /// Runs `task`, which watches over its own end, until it returns.

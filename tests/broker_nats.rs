@@ -13,7 +13,7 @@ use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tidegate::{
-    broker::{Broker, Condition, From, Health, Hint, Hints, Publication, PublishError, Read, nats::Nats},
+    broker::{Broker, Condition, From, Health, Hint, Hints, Publication, Publish, PublishError, Read, nats::Nats},
     config::{self, History},
     event::Event,
     subject::{Filter, Subject},

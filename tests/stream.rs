@@ -463,7 +463,8 @@ fn a_drain_ends_streams_and_finishes_publishes(broker: Backend) {
     idle.send("/nowhere");
     idle.response();
     let mut upload = gateway.connect();
-    upload.send(Request::post("/events/elsewhere").announce(5));
+    upload.send(Request::post("/events/elsewhere").announce(5).header("Expect", "100-continue"));
+    assert_eq!(upload.head().status, 100, "whoever asks for the body has begun with the request");
     upload.send_bytes("he");
 
     gateway.terminate();

@@ -3,23 +3,23 @@
 //! Bounded as a whole by events, bytes and age, oldest out first, as a JetStream stream is, so that what is missing is
 //! always a prefix; only a sender's TTL removes single events. Every start is a new epoch.
 
+mod mailbox;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard},
     time::Instant,
 };
 
 use async_trait::async_trait;
-use futures_util::{FutureExt, StreamExt, stream};
+use futures_util::FutureExt;
 use jiff::{SignedDuration, Timestamp};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
+use self::mailbox::{Mailbox, Received};
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, Condition, From, Health, Hint, Hints, LastKnown, Page, Publication,
-    PublishError, Published, Read, SnapshotPage, SnapshotRead,
+    Publish, PublishError, Published, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
     config,
@@ -27,8 +27,6 @@ use crate::{
     subject::{Filter, Subject},
 };
 
-/// Hints that wait for one feed. A feed that falls further behind reads what it missed.
-const HINTS_MAX: usize = 1024;
 /// Events that one read looks at while it holds the log, for a filter with wildcards that few of them match.
 const SCAN_MAX: usize = 10_000;
 /// What an event takes beside its payload and subject: the maps' entries and their slack.
@@ -68,8 +66,7 @@ fn bytes_of(event: &Event) -> usize {
 
 struct Listener {
     number: u64,
-    hints: mpsc::Sender<Hint>,
-    overflowed: Arc<AtomicBool>,
+    mailbox: Arc<Mailbox>,
 }
 
 /// Ends a listener's entry in the log when its hints are dropped.
@@ -169,30 +166,26 @@ impl Embedded {
 }
 
 #[async_trait]
-impl Broker for Embedded {
+impl Publish for Embedded {
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
         Ok(std::future::ready(self.store(publication)).boxed())
     }
+}
 
+#[async_trait]
+impl Broker for Embedded {
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
-        let (hints, received) = mpsc::channel(HINTS_MAX);
-        let overflowed = Arc::new(AtomicBool::new(false));
+        let mailbox = Arc::new(Mailbox::default());
         let mut log = self.log();
         log.listeners_ever += 1;
         let number = log.listeners_ever;
-        let listener = Listener { number, hints, overflowed: overflowed.clone() };
+        let listener = Listener { number, mailbox: mailbox.clone() };
         match filter.exact() {
             Some(subject) => log.exact.entry(subject).or_default().push(listener),
             None => log.wild.push((filter.clone(), listener)),
         }
         let listening = Listening { log: self.log.clone(), filter: filter.clone(), number };
-        let hints = stream::unfold((received, overflowed, listening), |mut state| async move {
-            let hint = state.0.recv().await?;
-            // Whatever was dropped, and this hint with it, is read again after one loss told now.
-            let hint = if state.1.swap(false, Ordering::AcqRel) { Hint::Lost } else { hint };
-            Some((hint, state))
-        });
-        Ok(hints.boxed())
+        Ok(Box::pin(Received::new(mailbox, listening)))
     }
 
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
@@ -306,11 +299,7 @@ impl Log {
         let exact = self.exact.get(&event.subject).into_iter().flatten();
         let wild = self.wild.iter().filter(|(filter, _)| filter.matches(&event.subject)).map(|(_, listener)| listener);
         for listener in exact.chain(wild) {
-            if listener.hints.try_send(Hint::Stored { event: event.clone(), previous }).is_err() {
-                listener.overflowed.store(true, Ordering::Release);
-                // Should all that waited have been taken meanwhile, nothing else would have the flag looked at.
-                let _ = listener.hints.try_send(Hint::Lost);
-            }
+            listener.mailbox.put(Hint::Stored { event: event.clone(), previous });
         }
     }
 

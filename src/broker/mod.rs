@@ -24,14 +24,24 @@ use crate::{
 /// A handle to the broker that every part of a gateway shares.
 pub type SharedBroker = Arc<dyn Broker>;
 
+/// Where events go in.
 #[async_trait]
-pub trait Broker: Send + Sync + 'static {
+pub trait Publish: Send + Sync + 'static {
     /// Hands one event to the broker. Events are stored in the order of these calls; the acknowledgement that comes
     /// back resolves once this one is.
     ///
     /// # Errors
     /// Here when nothing was handed over; in the acknowledgement when the broker refused or the outcome is unknown.
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError>;
+}
+
+#[async_trait]
+pub trait Broker: Publish {
+    /// A way in of the current thread's own: what is published there wakes no other thread of this process. `None` where
+    /// that is so anyway.
+    async fn publisher(&self) -> Result<Option<Box<dyn Publish>>, BrokerError> {
+        Ok(None)
+    }
 
     /// Begins to listen for events that match `filter`. When this returns, the broker (on a cluster: the server that
     /// this gateway is connected to) knows of it.

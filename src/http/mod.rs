@@ -7,7 +7,7 @@ mod publish;
 mod query;
 mod subscribe;
 
-use std::{io, net::TcpListener, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::TcpListener, sync::Arc, time::Duration};
 
 use actix_http::{HttpService, KeepAlive};
 use actix_server::{Server, ServerBuilder};
@@ -21,7 +21,7 @@ use self::{
     error::{ApiError, Code},
 };
 use crate::{
-    broker::{Acknowledgement, Health, Publication, PublishError, SharedBroker},
+    broker::{Acknowledgement, Health, Publication, Publish, PublishError, SharedBroker},
     config::Limits,
     delivery::Deliveries,
     hub::Hub,
@@ -36,6 +36,8 @@ const LINGER: Duration = Duration::from_secs(2);
 pub struct App {
     pub hub: Hub,
     pub broker: SharedBroker,
+    /// Where events go in: the broker, or a worker's own way there.
+    pub publisher: Arc<dyn Publish>,
     pub deliveries: Deliveries,
     pub metrics: Arc<Metrics>,
     pub limits: Limits,
@@ -79,8 +81,11 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
         .shutdown_timeout(5);
     let stopping = builder.graceful_shutdown_signal();
     let service = move || {
-        let data = web::Data::new(app.clone());
-        let service = actix_web::App::new().app_data(data).configure(routes).into_factory();
+        let data = {
+            let app = app.clone();
+            move || app.clone().of_worker()
+        };
+        let service = actix_web::App::new().data_factory(data).configure(routes).into_factory();
         let stopping = stopping.clone();
         let stopped = move || {
             let stopping = stopping.clone();
@@ -153,6 +158,16 @@ async fn ready(app: web::Data<App>) -> HttpResponse {
 }
 
 impl App {
+    /// With a publisher of the current thread's own, where that makes a difference.
+    async fn of_worker(mut self) -> Result<App, Infallible> {
+        match self.broker.publisher().await {
+            Ok(Some(own)) => self.publisher = own.into(),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "a worker publishes by way of the others"),
+        }
+        Ok(self)
+    }
+
     fn is_draining(&self) -> bool {
         self.draining.is_cancelled()
     }
@@ -164,9 +179,9 @@ impl App {
 
     /// Hands an event to the broker; the outcome is to be passed to [`App::count_publish`].
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, ApiError> {
-        match self.broker.publish(publication).await {
+        match self.publisher.publish(publication).await {
             Ok(acknowledgement) => Ok(acknowledgement),
-            Err(error) => self.count_publish(Err(error)).map(|never: std::convert::Infallible| match never {}),
+            Err(error) => self.count_publish(Err(error)).map(|never: Infallible| match never {}),
         }
     }
 

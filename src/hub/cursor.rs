@@ -17,12 +17,12 @@ use futures_util::{
     FutureExt,
     future::{BoxFuture, select_all},
 };
-use tokio::sync::watch;
 
 use super::{
     Hub,
     backoff::Backoff,
     feed::{Reader, Take},
+    log::Passage,
     pages::{Ahead, SharedPage},
     resume::{self, Found, StartAt},
 };
@@ -50,7 +50,8 @@ pub struct Cursor {
 /// A place in one feed.
 pub(super) struct Place {
     pub reader: Reader,
-    moved: watch::Receiver<()>,
+    /// The feed's moves when it was last looked at.
+    seen: u64,
     tag: Tag,
     /// Everything up to here has been handed over, or is known not to exist.
     pub position: u64,
@@ -88,12 +89,16 @@ enum Fetched {
 
 impl Place {
     pub(super) fn new(reader: Reader, position: u64) -> Place {
-        let moved = reader.feed.moved();
-        Place { moved, tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
+        Place { seen: 0, tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
     }
 
     pub(super) fn tag(reader: &Reader) -> Tag {
         Tag::of(&reader.feed.filter)
+    }
+
+    /// Resolves when there may be something that has not been looked at.
+    async fn moved(&self) {
+        self.reader.feed.moved_after(self.seen).await;
     }
 
     /// How far its reader may say that it is.
@@ -178,7 +183,8 @@ impl Cursor {
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
             // Seen before looking, so that what moves after the look wakes us.
-            self.places[number].moved.mark_unchanged();
+            let place = &mut self.places[number];
+            place.seen = place.reader.feed.moves();
             while let Some(blocks) = self.take_at(number) {
                 if !blocks.is_empty() {
                     self.turn = number;
@@ -226,7 +232,7 @@ impl Cursor {
         }
         let skips = |subject: &Subject, sequence| self.skips(number, subject, sequence);
         match place.reader.feed.take(place.position, self.format, bytes_max, skips) {
-            Take::Blocks { blocks, reached } => {
+            Take::Passage(Passage { blocks, reached }) => {
                 self.places[number].position = reached;
                 return Some(blocks);
             }
@@ -292,13 +298,12 @@ impl Cursor {
     async fn wait(&mut self) -> Option<Fetched> {
         match (&mut self.fetching, &mut *self.places) {
             (Some(fetching), [_]) => Some(fetching.await),
-            // A feed lives as long as its reader, so its sender does.
             (None, [only]) => {
-                only.moved.changed().await.expect("the feed is kept by its reader");
+                only.moved().await;
                 None
             }
             (fetching, several) => {
-                let moved = select_all(several.iter_mut().map(|place| Box::pin(place.moved.changed())));
+                let moved = select_all(several.iter().map(|place| Box::pin(place.moved())));
                 let fetched = async {
                     match fetching {
                         Some(fetching) => fetching.await,

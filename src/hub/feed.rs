@@ -8,39 +8,42 @@
 //!   (Where none is kept, some may have been stored, lost on the way here and expired since: that is a doubt.);
 //! - a wildcard: only n = U + 1 proves itself;
 //! - everything else, and every doubt (a reconnect, an overflow, an election, the audit), is settled by one function,
-//!   [`Feed::repair`]: read from U.
-//!
-//! Invariant: the log holds every event of the filter in `(base, proven]`, and nothing past `proven`.
+//!   [`Feed::repair`]: read from U. Hints that come meanwhile wait, and are considered after it.
 //!
 //! # Lagging
-//! The log is bounded; `base` rises as its oldest are forgotten. A reader below `base` reads history until it is inside
-//! again ([`Take::Behind`]). Nobody waits for it.
+//! The log is bounded, and forgets its oldest. A reader further behind reads history until it is inside again
+//! ([`Take::Behind`]). Nobody waits for it.
 //!
 //! # Closing
 //! A feed whose stream turns out to have been made again is closed: its sequences mean nothing any more. Its readers
 //! find [`Take::Closed`] and resume with their last id, as a client would that reconnects.
+//!
+//! # At rest
+//! There are as many feeds as distinct filters, so one that has nothing to do is small: its log, and a task that waits
+//! for hints. Repairs, the first check and the wait for another reader are tasks of their own, while they last.
 
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use futures_util::{FutureExt, StreamExt};
-use jiff::Timestamp;
-use tokio::{
-    sync::{Notify, OnceCell, watch},
-    time::Instant,
-};
+use tokio::sync::{Notify, OnceCell};
 
-use super::{Hub, backoff::Backoff};
+use super::{
+    Hub,
+    backoff::Backoff,
+    log::{Content, Doubt, Log, Passage},
+};
 use crate::{
     broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
-    event::{Epoch, Event, EventId},
-    sse::{self, Block, Format, GapReason},
+    event::{Epoch, EventId},
+    shutdown::Ending,
+    sse::{self, Format, GapReason},
     subject::{Filter, Subject},
 };
 
@@ -51,53 +54,46 @@ const REPAIR_TRIES: usize = 10;
 /// Subscribing is not instant across a cluster: a hint may be lost though the subscription was made before it. A new
 /// feed is checked this long after it began.
 const FIRST_CHECK: Duration = Duration::from_millis(750);
-/// What an event takes in the log beside its payload, twice (as it came, and as a frame).
-const ENTRY_OVERHEAD_BYTES: usize = 300;
 
 pub(super) struct Feed {
     pub(super) filter: Filter,
     pub(super) readers: AtomicUsize,
-    /// Which incarnation of the stream this is about, once it has started.
-    epoch: OnceCell<Epoch>,
-    log: Mutex<Log>,
-    /// Moves whenever readers have something to look at.
-    moved: watch::Sender<()>,
-    doubt: Notify,
-    deserted: Notify,
+    /// How often its last reader has left.
+    desertions: AtomicU64,
+    start: OnceCell<Started>,
+    state: Mutex<State>,
+    /// Counts the occasions on which readers had something to look at.
+    moves: AtomicU64,
+    moved: Notify,
+}
+
+struct Started {
+    /// Which incarnation of the stream the feed is about.
+    epoch: Epoch,
+    /// Ends with the feed.
+    _ear: Ending,
 }
 
 #[derive(Default)]
-struct Log {
-    entries: VecDeque<Entry>,
-    bytes: usize,
-    base: u64,
-    proven: u64,
+struct State {
+    log: Log,
     closed: bool,
+    /// While the feed is being read for.
+    repair: Option<Repair>,
 }
 
-struct Entry {
-    sequence: u64,
-    bytes: usize,
-    content: Content,
-}
-
-enum Content {
-    /// Encoded when first asked for in a format, and never again.
-    Event {
-        event: Event,
-        raw: Option<Block>,
-        json: Option<Block>,
-    },
-    Gap(Block),
+/// What has come up since the read under way began.
+#[derive(Default)]
+struct Repair {
+    waiting: VecDeque<Hint>,
+    waiting_bytes: usize,
+    doubt: Option<Doubt>,
 }
 
 /// What a reader finds at its place.
 pub(super) enum Take {
-    /// These are next, each with its sequence; everything up to `reached` has been looked at.
-    Blocks {
-        blocks: Vec<(u64, Block)>,
-        reached: u64,
-    },
+    /// This is next.
+    Passage(Passage),
     /// Nothing yet.
     Nothing,
     /// The log has forgotten what is next.
@@ -113,13 +109,22 @@ pub(super) struct Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        if self.feed.readers.fetch_sub(1, Ordering::AcqRel) == 1 {
-            if self.feed.has_started() {
-                self.feed.deserted.notify_one();
-            } else {
-                self.hub.forget(&self.feed, |feed| feed.is_read() || feed.has_started());
-            }
+        if self.feed.readers.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
         }
+        if !self.feed.has_started() {
+            self.hub.forget(&self.feed, |feed| feed.is_read() || feed.has_started());
+            return;
+        }
+        let (hub, feed) = (self.hub.clone(), self.feed.clone());
+        let desertion = feed.desertions.fetch_add(1, Ordering::AcqRel) + 1;
+        self.hub.0.tasks.spawn(async move {
+            tokio::time::sleep(hub.0.settings.feed.linger).await;
+            let is_wanted = |feed: &Feed| feed.is_read() || feed.desertions.load(Ordering::Acquire) != desertion;
+            if hub.forget(&feed, is_wanted) {
+                feed.close();
+            }
+        });
     }
 }
 
@@ -127,16 +132,14 @@ impl Reader {
     /// Starts the feed unless it has been.
     pub(super) async fn started(&self) -> Result<Epoch, BrokerError> {
         let start = || async {
-            let (hints, bounds) = self.listen().await?;
-            {
-                let mut log = self.feed.log();
-                log.base = bounds.last;
-                log.proven = bounds.last;
-            }
-            self.hub.0.tasks.spawn(self.feed.clone().run(self.hub.clone(), bounds.epoch, hints));
-            Ok(bounds.epoch)
+            let (hints, Bounds { epoch, last, .. }) = self.listen().await?;
+            self.feed.state().log = Log::from(last);
+            let tasks = &self.hub.0.tasks;
+            let ear = tasks.spawn_ending(listen(Arc::downgrade(&self.feed), self.hub.clone(), hints));
+            tasks.spawn(check_later(Arc::downgrade(&self.feed), self.hub.clone()));
+            Ok(Started { epoch, _ear: ear })
         };
-        self.feed.epoch.get_or_try_init(start).await.copied()
+        self.feed.start.get_or_try_init(start).await.map(|started| started.epoch)
     }
 
     /// Hints, and where the stream ended after they began.
@@ -156,10 +159,44 @@ impl Reader {
 
     /// Closes the feed, whose stream is found to be another one: whoever asks next gets a new one.
     pub(super) fn retire(&self) {
-        self.feed.log().closed = true;
+        self.feed.close();
         self.hub.forget(&self.feed, |_| false);
-        self.feed.moved.send_replace(());
-        self.feed.doubt();
+    }
+}
+
+/// Passes hints on for as long as the feed is kept.
+async fn listen(feed: Weak<Feed>, hub: Hub, mut hints: Hints) {
+    loop {
+        let Some(first) = hints.next().await else {
+            // Boxed, because it is rare and large, and there is a task like this for every feed.
+            match Box::pin(listen_again(&feed, &hub)).await {
+                Some(again) => hints = again,
+                None => return,
+            }
+            continue;
+        };
+        let Some(feed) = feed.upgrade() else { return };
+        let ready = std::iter::from_fn(|| hints.next().now_or_never().flatten());
+        feed.hear(&hub, std::iter::once(first).chain(ready).take(HINTS_AT_ONCE));
+    }
+}
+
+async fn listen_again(feed: &Weak<Feed>, hub: &Hub) -> Option<Hints> {
+    let mut backoff = Backoff::new();
+    loop {
+        backoff.wait().await;
+        let filter = feed.upgrade()?.filter.clone();
+        if let Ok(again) = hub.0.broker.live(&filter).await {
+            feed.upgrade()?.doubt(hub, "resubscribed");
+            return Some(again);
+        }
+    }
+}
+
+async fn check_later(feed: Weak<Feed>, hub: Hub) {
+    tokio::time::sleep(FIRST_CHECK).await;
+    if let Some(feed) = feed.upgrade() {
+        feed.doubt(&hub, "new");
     }
 }
 
@@ -168,49 +205,72 @@ impl Feed {
         Feed {
             filter,
             readers: AtomicUsize::new(0),
-            epoch: OnceCell::new(),
-            log: Mutex::default(),
-            moved: watch::Sender::new(()),
-            doubt: Notify::new(),
-            deserted: Notify::new(),
+            desertions: AtomicU64::new(0),
+            start: OnceCell::new(),
+            state: Mutex::default(),
+            moves: AtomicU64::new(0),
+            moved: Notify::new(),
         }
     }
 
     pub(super) fn has_started(&self) -> bool {
-        self.epoch.initialized()
+        self.start.initialized()
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.start.get().expect("a feed is read only once it has started").epoch
     }
 
     fn is_read(&self) -> bool {
         self.readers.load(Ordering::Acquire) > 0
     }
 
-    pub(super) fn moved(&self) -> watch::Receiver<()> {
-        self.moved.subscribe()
+    /// Tells one move from the next.
+    pub(super) fn moves(&self) -> u64 {
+        self.moves.load(Ordering::Acquire)
+    }
+
+    /// Resolves once there was a move after those that had been `seen`.
+    pub(super) async fn moved_after(&self, seen: u64) {
+        let moved = self.moved.notified();
+        tokio::pin!(moved);
+        // Registered before looking, so that a move in between wakes us.
+        moved.as_mut().enable();
+        if self.moves() == seen {
+            moved.await;
+        }
+    }
+
+    fn wake_readers(&self) {
+        self.moves.fetch_add(1, Ordering::AcqRel);
+        self.moved.notify_waiters();
     }
 
     pub(super) fn proven(&self) -> u64 {
-        self.log().proven
-    }
-
-    /// Has the feed read again from its proven position.
-    pub(super) fn doubt(&self) {
-        self.doubt.notify_one();
+        self.state().log.proven()
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        self.log().closed
+        self.state().closed
+    }
+
+    /// Ends it: its readers are to resume with another one, and whoever reads for it stops.
+    pub(super) fn close(&self) {
+        self.state().closed = true;
+        self.wake_readers();
     }
 
     /// Holds what is known of the stream against the feed: the filter's last event that was kept is `last`.
-    pub(super) fn audit(&self, last: u64, known: &LastKnown) {
-        let mut log = self.log();
+    pub(super) fn audit(self: &Arc<Feed>, hub: &Hub, last: u64, known: &LastKnown) {
+        let mut state = self.state();
+        let log = &mut state.log;
         // An event that was removed together with all before it is not among the last, though it was owed.
-        let nothing_removed = known.first <= log.proven + 1;
-        if self.epoch.get() == Some(&known.epoch) && last <= log.proven && nothing_removed {
-            log.proven = log.proven.max(known.as_of);
+        let nothing_removed = known.first <= log.proven() + 1;
+        if self.epoch() == known.epoch && last <= log.proven() && nothing_removed {
+            log.prove(known.as_of);
         } else {
-            drop(log);
-            self.doubt();
+            drop(state);
+            self.doubt(hub, "audit");
         }
     }
 
@@ -222,147 +282,104 @@ impl Feed {
         bytes_max: usize,
         skips: impl Fn(&Subject, u64) -> bool,
     ) -> Take {
-        let epoch = *self.epoch.get().expect("a feed is read only once it has started");
-        let mut log = self.log();
-        if log.closed {
+        let mut state = self.state();
+        if state.closed {
             return Take::Closed;
         }
-        if position < log.base {
+        if state.log.has_forgotten(position) {
             return Take::Behind;
         }
-        let next = log.after(position);
-        let (mut blocks, mut bytes, mut reached) = (vec![], 0, position);
-        for entry in log.entries.range_mut(next..) {
-            if entry.has_expired() || entry.subject().is_some_and(|subject| skips(subject, entry.sequence)) {
-                reached = entry.sequence;
-                continue;
-            }
-            let block = entry.block(epoch, format);
-            if !blocks.is_empty() && bytes + block.bytes.len() > bytes_max {
-                break;
-            }
-            bytes += block.bytes.len();
-            reached = entry.sequence;
-            blocks.push((entry.sequence, block));
-        }
-        if reached == position { Take::Nothing } else { Take::Blocks { blocks, reached } }
+        let passage = state.log.read(position, (self.epoch(), format), bytes_max, skips);
+        if passage.reached == position { Take::Nothing } else { Take::Passage(passage) }
     }
 
     /// How far a reader at `position` may say that it is: up to what is proven, if nothing lies in between.
     pub(super) fn settled(&self, position: u64) -> u64 {
-        let log = self.log();
-        let at_rest = !log.closed && position >= log.base && log.after(position) == log.entries.len();
-        if at_rest { log.proven.max(position) } else { position }
+        let state = self.state();
+        let at_rest = !state.closed && state.log.ends_at(position);
+        if at_rest { state.log.proven().max(position) } else { position }
     }
 
-    fn log(&self) -> MutexGuard<'_, Log> {
-        self.log.lock().expect("no panic happens while a log is held")
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no panic happens while a feed is held")
     }
 
-    async fn run(self: Arc<Feed>, hub: Hub, epoch: Epoch, mut hints: Hints) {
-        let mut check_at = Some(Instant::now() + FIRST_CHECK);
-        let mut leave_at = None;
-        let mut backoff = Backoff::new();
-        loop {
-            let doubt = tokio::select! {
-                hint = hints.next() => match hint {
-                    Some(hint) => self.consider(&hub, hint, &mut hints),
-                    None => {
-                        backoff.wait().await;
-                        hub.0.broker.live(&self.filter).await.ok().map(|again| {
-                            hints = again;
-                            backoff = Backoff::new();
-                            Doubt::new("resubscribed")
-                        })
+    /// Takes hints over as far as they are proven, and has the rest read.
+    fn hear(self: &Arc<Feed>, hub: &Hub, hints: impl Iterator<Item = Hint>) {
+        let mut state = self.state();
+        let before = state.log.proven();
+        let mut doubt = None;
+        for hint in hints {
+            match &mut state.repair {
+                Some(repair) => repair.keep(hint, &hub.0.settings.feed),
+                None => {
+                    if let Err(found) = self.consider(hub, &mut state, hint) {
+                        state.repair = Some(Repair::default());
+                        doubt = Some(found);
                     }
-                },
-                () = self.doubt.notified() => Some(Doubt::new("audit")),
-                () = at(check_at) => {
-                    check_at = None;
-                    Some(Doubt::new("new"))
                 }
-                () = self.deserted.notified() => {
-                    leave_at = Some(Instant::now() + hub.0.settings.feed.linger);
-                    None
-                }
-                () = at(leave_at) => {
-                    leave_at = None;
-                    if hub.forget(&self, Feed::is_read) {
-                        return;
-                    }
-                    None
-                }
-            };
-            if let Some(doubt) = doubt.filter(|_| !hub.0.settings.trusts_hints()) {
-                hub.0.metrics.doubts.with_label_values(&[doubt.cause]).inc();
-                // Boxed, because it is rare and large, and there is a task like this for every feed.
-                Box::pin(self.repair(&hub, epoch, doubt.until)).await;
             }
-            if self.is_closed() {
-                hub.forget(&self, |_| false);
+        }
+        let moved = state.log.proven() > before;
+        if moved {
+            state.log.evict(&hub.0.settings.feed);
+        }
+        drop(state);
+        if moved {
+            self.wake_readers();
+        }
+        if let Some(doubt) = doubt {
+            self.begin_repair(hub, doubt);
+        }
+    }
+
+    fn consider(&self, hub: &Hub, state: &mut State, hint: Hint) -> Result<(), Doubt> {
+        let trusts_hints = hub.0.settings.trusts_hints();
+        match state.log.consider(hint, self.filter.exact().is_some(), trusts_hints) {
+            Err(_) if trusts_hints => Ok(()),
+            considered => considered,
+        }
+    }
+
+    /// Has the feed read again from its proven position.
+    pub(super) fn doubt(self: &Arc<Feed>, hub: &Hub, cause: &'static str) {
+        let doubt = Doubt::new(cause);
+        match &mut self.state().repair {
+            _ if hub.0.settings.trusts_hints() => return,
+            Some(repair) => {
+                repair.doubt = Some(doubt);
                 return;
             }
+            free => *free = Some(Repair::default()),
         }
+        self.begin_repair(hub, doubt);
     }
 
-    /// Takes a hint, and those that wait behind it, as far as they are proven. Says what is to be read again.
-    fn consider(&self, hub: &Hub, hint: Hint, hints: &mut Hints) -> Option<Doubt> {
-        let exact = self.filter.exact().is_some();
-        let mut doubt = None;
-        let mut next = Some(hint);
-        let mut taken = 0;
-        let mut log = self.log();
-        let before = log.proven;
-        while let Some(hint) = next {
-            match hint {
-                // Those that were lost may have been the last: no lesser doubt replaces this one. And what comes behind
-                // may name an event before it that is no longer kept, and prove nothing.
-                Hint::Lost => {
-                    doubt = Some(Doubt::new("overflow"));
-                    break;
-                }
-                Hint::Stored { event, previous } => {
-                    let n = event.sequence;
-                    let chained = exact && previous > 0 && previous <= log.proven;
-                    if n <= log.proven {
-                        // Repeated; or the stream was made again and counts anew, which its times betray.
-                        if log.newest_is_older_than(&event) {
-                            doubt.get_or_insert(Doubt::new("sequence"));
-                        }
-                    } else if chained || n == log.proven + 1 || hub.0.settings.trusts_hints() {
-                        log.append(Content::event(event), n);
-                    } else {
-                        doubt.get_or_insert(Doubt { cause: "chain", until: Some(n) });
-                        break;
-                    }
+    fn begin_repair(self: &Arc<Feed>, hub: &Hub, mut doubt: Doubt) {
+        let (feed, hub) = (self.clone(), hub.clone());
+        hub.0.tasks.clone().spawn(async move {
+            loop {
+                hub.0.metrics.doubts.with_label_values(&[doubt.cause]).inc();
+                feed.repair(&hub, doubt.until).await;
+                match feed.end_repair(&hub) {
+                    Some(more) => doubt = more,
+                    None => return,
                 }
             }
-            taken += 1;
-            next = if taken < HINTS_AT_ONCE { hints.next().now_or_never().flatten() } else { None };
-        }
-        if log.proven > before {
-            log.evict(&hub.0.settings.feed);
-            drop(log);
-            self.moved.send_replace(());
-        }
-        doubt
+        });
     }
 
     /// Reads from the proven position up to `until`, or until nothing is left. The answer to every doubt.
-    async fn repair(&self, hub: &Hub, epoch: Epoch, until: Option<u64>) {
+    async fn repair(self: &Arc<Feed>, hub: &Hub, until: Option<u64>) {
         let mut backoff = Backoff::new();
         let mut tries = 0;
-        loop {
+        while !self.is_closed() {
             let from = From::After(self.proven());
             match hub.read_for_feed(Read { filter: self.filter.clone(), from, until: until.unwrap_or(0) }).await {
                 Ok(page) => {
                     let more = page.more;
-                    self.absorb(hub, epoch, page);
-                    if self.is_closed() {
-                        return;
-                    }
-                    let reached = until.map_or(!more, |until| self.proven() >= until);
-                    if reached {
+                    self.absorb(hub, page);
+                    if until.map_or(!more, |until| self.proven() >= until) {
                         return;
                     }
                     if more {
@@ -380,123 +397,74 @@ impl Feed {
     }
 
     /// Takes over a page that was read from the proven position.
-    fn absorb(&self, hub: &Hub, epoch: Epoch, page: Page) {
-        let mut log = self.log();
+    fn absorb(self: &Arc<Feed>, hub: &Hub, page: Page) {
+        let epoch = self.epoch();
         if page.epoch != epoch {
-            log.closed = true;
-        } else {
-            if page.first > log.proven + 1 {
-                let resumed = EventId { epoch, sequence: page.first - 1 };
-                let requested = EventId { epoch, sequence: log.proven }.to_string();
-                hub.0.metrics.gaps.with_label_values(&["expired"]).inc();
-                let gap = sse::gap(&requested, &resumed, GapReason::Expired);
-                log.append(Content::Gap(gap), resumed.sequence);
-            }
-            for event in page.events {
-                let sequence = event.sequence;
-                if sequence > log.proven {
-                    log.append(Content::event(event), sequence);
-                }
-            }
-            log.proven = log.proven.max(page.proven);
-            log.evict(&hub.0.settings.feed);
+            self.close();
+            hub.forget(self, |_| false);
+            return;
         }
-        drop(log);
-        self.moved.send_replace(());
-    }
-}
-
-/// Resolves at `instant`, if there is one.
-async fn at(instant: Option<Instant>) {
-    match instant {
-        Some(instant) => tokio::time::sleep_until(instant).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Why, and how far, to read again.
-struct Doubt {
-    cause: &'static str,
-    /// Up to this sequence; what comes after it has hints of its own. `None`: to the end.
-    until: Option<u64>,
-}
-
-impl Doubt {
-    fn new(cause: &'static str) -> Doubt {
-        Doubt { cause, until: None }
-    }
-}
-
-impl Log {
-    /// The index of the first entry after `position`.
-    fn after(&self, position: u64) -> usize {
-        self.entries.partition_point(|entry| entry.sequence <= position)
-    }
-
-    fn append(&mut self, content: Content, sequence: u64) {
-        let bytes = ENTRY_OVERHEAD_BYTES + content.bytes();
-        self.bytes += bytes;
-        self.entries.push_back(Entry { sequence, bytes, content });
-        self.proven = sequence;
-    }
-
-    /// Forgets the oldest while there is too much; the newest always stays.
-    fn evict(&mut self, limits: &crate::config::Feed) {
-        while self.entries.len() > 1 && (self.entries.len() > limits.events || self.bytes > limits.bytes) {
-            let oldest = self.entries.pop_front().expect("there are two");
-            self.bytes -= oldest.bytes;
-            self.base = oldest.sequence;
+        let mut state = self.state();
+        let log = &mut state.log;
+        if page.first > log.proven() + 1 {
+            let resumed = EventId { epoch, sequence: page.first - 1 };
+            let requested = EventId { epoch, sequence: log.proven() }.to_string();
+            hub.0.metrics.gaps.with_label_values(&["expired"]).inc();
+            let gap = sse::gap(&requested, &resumed, GapReason::Expired);
+            log.append(Content::Gap(gap), resumed.sequence);
         }
-    }
-
-    fn newest_is_older_than(&self, event: &Event) -> bool {
-        let events = self.entries.iter().rev().filter_map(|entry| match &entry.content {
-            Content::Event { event, .. } => Some(event),
-            Content::Gap(_) => None,
-        });
-        events.take(1).any(|newest| newest.time < event.time)
-    }
-}
-
-impl Entry {
-    /// Whether its sender wants it gone by now. The stream has dropped it; the log has only not forgotten it yet.
-    fn has_expired(&self) -> bool {
-        match &self.content {
-            Content::Event { event, .. } => event.expires.is_some_and(|at| at <= Timestamp::now()),
-            Content::Gap(_) => false,
-        }
-    }
-
-    fn subject(&self) -> Option<&Subject> {
-        match &self.content {
-            Content::Event { event, .. } => Some(&event.subject),
-            Content::Gap(_) => None,
-        }
-    }
-
-    fn block(&mut self, epoch: Epoch, format: Format) -> Block {
-        match &mut self.content {
-            Content::Gap(block) => block.clone(),
-            Content::Event { event, raw, json } => {
-                let encoded = match format {
-                    Format::Raw => raw,
-                    Format::Json => json,
-                };
-                encoded.get_or_insert_with(|| sse::event(epoch, event, format)).clone()
+        for event in page.events {
+            let sequence = event.sequence;
+            if sequence > log.proven() {
+                log.append(Content::event(event), sequence);
             }
         }
+        log.prove(page.proven);
+        log.evict(&hub.0.settings.feed);
+        drop(state);
+        self.wake_readers();
+    }
+
+    /// Considers what came up during a repair, and says whether another one is due.
+    fn end_repair(&self, hub: &Hub) -> Option<Doubt> {
+        let mut state = self.state();
+        let before = state.log.proven();
+        let mut repair = state.repair.take().expect("a repair ends once");
+        let mut doubt = repair.doubt.take();
+        while let Some(hint) = repair.waiting.pop_front() {
+            if let Err(found) = self.consider(hub, &mut state, hint) {
+                doubt = doubt.or(Some(found));
+                break;
+            }
+        }
+        if doubt.is_some() {
+            repair.waiting_bytes = repair.waiting.iter().map(bytes_of).sum();
+            state.repair = Some(repair);
+        }
+        let moved = state.log.proven() > before;
+        state.log.evict(&hub.0.settings.feed);
+        drop(state);
+        if moved {
+            self.wake_readers();
+        }
+        doubt
     }
 }
 
-impl Content {
-    fn event(event: Event) -> Content {
-        Content::Event { event, raw: None, json: None }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Content::Event { event, .. } => 2 * event.payload.len(),
-            Content::Gap(block) => block.bytes.len(),
+impl Repair {
+    /// Keeps a hint for later. When there is no room, all of them are read instead.
+    fn keep(&mut self, hint: Hint, limits: &crate::config::Feed) {
+        self.waiting_bytes += bytes_of(&hint);
+        self.waiting.push_back(hint);
+        if self.waiting.len() > limits.events || self.waiting_bytes > limits.bytes {
+            *self = Repair { doubt: Some(Doubt::new("overflow")), ..Repair::default() };
         }
+    }
+}
+
+fn bytes_of(hint: &Hint) -> usize {
+    match hint {
+        Hint::Stored { event, .. } => event.payload.len(),
+        Hint::Lost => 0,
     }
 }

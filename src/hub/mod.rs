@@ -8,6 +8,7 @@
 mod backoff;
 mod cursor;
 mod feed;
+mod log;
 mod pages;
 mod resume;
 #[cfg(test)]
@@ -214,7 +215,7 @@ impl Hub {
         for feed in feeds {
             match feed.filter.exact() {
                 Some(subject) => exact.push((subject, feed)),
-                None => feed.doubt(),
+                None => feed.doubt(self, "audit"),
             }
         }
         for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
@@ -227,13 +228,13 @@ impl Hub {
                     Some(known) if known.as_of < last => backoff.wait().await,
                     Some(known) => {
                         for ((_, feed), last) in chunk.iter().zip(&known.sequences) {
-                            feed.audit(*last, &known);
+                            feed.audit(self, *last, &known);
                         }
                         break;
                     }
                     // Too much for one answer: each reads for itself.
                     None => {
-                        chunk.iter().for_each(|(_, feed)| feed.doubt());
+                        chunk.iter().for_each(|(_, feed)| feed.doubt(self, "audit"));
                         break;
                     }
                 }

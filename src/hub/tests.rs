@@ -17,7 +17,7 @@ use tokio::{runtime::Handle, sync::watch, time::timeout};
 use super::*;
 use crate::{
     broker::{
-        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Publication, PublishError, Published,
+        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Publication, Publish, PublishError, Published,
         embedded::Embedded,
     },
     config::Config,
@@ -79,11 +79,14 @@ fn config() -> Config {
 }
 
 #[async_trait]
-impl Broker for Faulty {
+impl Publish for Faulty {
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
-        Broker::publish(&*self.inner(), publication).await
+        Publish::publish(&*self.inner(), publication).await
     }
+}
 
+#[async_trait]
+impl Broker for Faulty {
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
         if self.is_deaf.load(Ordering::Relaxed) {
             return Ok(stream::pending().boxed());

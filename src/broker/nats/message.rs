@@ -45,7 +45,9 @@ pub(super) fn event(headers: &HeaderMap, payload: &Bytes, prefix: &str) -> Optio
         time,
         expires: expiry(time, headers.get(TTL).map(|value| value.as_str())),
         kind: kind(headers.get(TYPE).map(|value| value.as_str())),
-        payload: payload.clone(),
+        // Not a slice of what was read from the socket: a quiet feed keeps its last events for long, and would keep
+        // whatever else came in the same read.
+        payload: Bytes::copy_from_slice(payload),
     })
 }
 

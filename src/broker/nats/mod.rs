@@ -11,7 +11,8 @@
 //! | `live` | hints of what was just stored, and doubts about them |
 //! | `message` | messages as events |
 //!
-//! Two connections: one for history, whose answers hold up whatever else travels there, and one for all the rest.
+//! Connections: one for history, whose answers hold up whatever else travels there, one for each thread that publishes,
+//! and one for all the rest.
 
 mod batch;
 mod inbox;
@@ -25,9 +26,9 @@ mod snapshot;
 mod start;
 mod stream;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use async_nats::connection::State;
+use async_nats::{Client, connection::State};
 use async_trait::async_trait;
 use tokio::{
     sync::{mpsc, watch},
@@ -42,8 +43,8 @@ use self::{
     start::Entrance,
 };
 use super::{
-    Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Page, Publication, PublishError, Read,
-    SnapshotPage, SnapshotRead,
+    Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Page, Publication, Publish, PublishError,
+    Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
     config,
@@ -63,6 +64,9 @@ pub struct Nats {
     leader: Leader,
     history: History,
     publisher: Publisher,
+    entrance: Entrance,
+    /// The connections of publishers that belong to threads.
+    entries: Mutex<Vec<Client>>,
     settings: config::Nats,
     description: String,
     watch: AbortHandle,
@@ -110,6 +114,7 @@ impl Nats {
                 page_bytes: history.page_bytes,
             },
             publisher: Publisher {
+                requests: leader.requests().clone(),
                 leader: leader.clone(),
                 stream: names.name.clone(),
                 prefix: names.prefix.clone(),
@@ -117,6 +122,8 @@ impl Nats {
             },
             description: describe(&client.server_info().version, &entrance.at, &names.name, &info),
             settings: settings.clone(),
+            entrance,
+            entries: Mutex::default(),
             leader,
             watch,
         })
@@ -133,9 +140,20 @@ fn describe(version: &str, at: &str, stream: &str, info: &leader::Info) -> Strin
 }
 
 #[async_trait]
-impl Broker for Nats {
+impl Publish for Nats {
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
         self.publisher.publish(publication).await
+    }
+}
+
+#[async_trait]
+impl Broker for Nats {
+    async fn publisher(&self) -> Result<Option<Box<dyn Publish>>, BrokerError> {
+        let away = |error: StartError| BrokerError::Unavailable(error.to_string());
+        let client = self.entrance.open("publish", None, None).await.map_err(away)?;
+        let requests = Requests::new(client.clone(), self.settings.request_timeout).await?;
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(client);
+        Ok(Some(Box::new(Publisher { requests: Arc::new(requests), ..self.publisher.clone() })))
     }
 
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
@@ -164,8 +182,10 @@ impl Broker for Nats {
     }
 
     fn health(&self) -> Health {
-        let connections = [&self.leader.requests().client, &self.history.batches.client];
-        if connections.iter().any(|client| client.connection_state() != State::Connected) {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connections =
+            [&self.leader.requests().client, &self.history.batches.client].into_iter().chain(&*entries);
+        if connections.any(|client| client.connection_state() != State::Connected) {
             return Health::Away("not connected to NATS".into());
         }
         match self.leader.known().trouble() {

@@ -1,21 +1,26 @@
 //! Publishing into the stream, and what its answer means. An outcome is called certain only when it is.
 
+use std::sync::Arc;
+
 use async_nats::{HeaderMap, StatusCode, client::PublishErrorKind, connection::State};
+use async_trait::async_trait;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::{
-    leader::{Leader, Refusal, Sending, code},
+    leader::{Leader, Refusal, Requests, Sending, code},
     message::{MESSAGE_ID, TTL, TYPE},
 };
 use crate::{
-    broker::{Acknowledgement, Condition, Publication, PublishError, Published},
+    broker::{Acknowledgement, Condition, Publication, Publish, PublishError, Published},
     event::EventId,
     subject::Subject,
 };
 
+#[derive(Clone)]
 pub(super) struct Publisher {
+    pub requests: Arc<Requests>,
     pub leader: Leader,
     pub stream: String,
     pub prefix: String,
@@ -32,10 +37,11 @@ struct Retry {
     sending: Sending,
 }
 
-impl Publisher {
+#[async_trait]
+impl Publish for Publisher {
     /// On cancellation nothing has been handed over, or all of it.
-    pub async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
-        let requests = self.leader.requests().clone();
+    async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
+        let requests = &self.requests;
         // Not connected: async-nats would keep the event and send it after we have said that it was not stored.
         if requests.client.connection_state() != State::Connected {
             return Err(PublishError::Unavailable);
@@ -107,7 +113,9 @@ impl Publisher {
             }
         }))
     }
+}
 
+impl Publisher {
     /// The sequence of `id`, if it is of this incarnation of the stream; else no event of ours can be the last.
     async fn sequence_of(&self, id: EventId) -> Result<u64, PublishError> {
         if id.epoch != self.leader.epoch() {
