@@ -107,6 +107,20 @@ impl Place {
     }
 }
 
+async fn wait_at_several(fetching: &mut Option<BoxFuture<'static, Fetched>>, places: &[Place]) -> Option<Fetched> {
+    let moved = select_all(places.iter().map(|place| Box::pin(place.moved())));
+    let fetched = async {
+        match fetching {
+            Some(fetching) => fetching.await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        fetched = fetched => Some(fetched),
+        _ = moved => None,
+    }
+}
+
 impl Snapshot {
     pub(super) fn new(first: SnapshotPage) -> Snapshot {
         let SnapshotPage { as_of, events, reached, .. } = first;
@@ -302,19 +316,8 @@ impl Cursor {
                 only.moved().await;
                 None
             }
-            (fetching, several) => {
-                let moved = select_all(several.iter().map(|place| Box::pin(place.moved())));
-                let fetched = async {
-                    match fetching {
-                        Some(fetching) => fetching.await,
-                        None => std::future::pending().await,
-                    }
-                };
-                tokio::select! {
-                    fetched = fetched => Some(fetched),
-                    _ = moved => None,
-                }
-            }
+            // Boxed, because it is large, and most clients have one filter.
+            (fetching, several) => Box::pin(wait_at_several(fetching, several)).await,
         }
     }
 
