@@ -298,7 +298,10 @@ impl Delivery {
                     self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
                     bytes.advance(written);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Box::pin(self.room()).await?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.cursor.let_go();
+                    Box::pin(self.room()).await?;
+                }
                 Err(_) => return Err(End::WriteFailed),
             }
         }

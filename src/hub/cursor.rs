@@ -155,6 +155,7 @@ impl Cursor {
     /// Gives back what was handed over last, after `sequence`, and can't be delivered now: it will come again. Lets go
     /// of everything that was read ahead, so that a client that does not read costs no more than an idle one.
     pub fn give_back_after(&mut self, sequence: u64) {
+        self.let_go();
         if let Some(snapshot) = &mut self.snapshot {
             (snapshot.position, snapshot.ahead_reached) = (sequence, sequence);
             snapshot.ahead.clear();
@@ -163,6 +164,12 @@ impl Cursor {
         let place = &mut self.places[self.turn];
         place.position = place.position.min(sequence);
         self.places.iter_mut().for_each(|place| place.ahead = Ahead::default());
+    }
+
+    /// Lets go of what is being fetched, because [`Cursor::next`] will not be called for a while: others wait for the same
+    /// page, or for a turn to read another. It is fetched anew then.
+    pub fn let_go(&mut self) {
+        self.fetching = None;
     }
 
     /// The position to tell a client that has been handed everything there is, if it has moved without an event.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use futures_util::{StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::{runtime::Handle, sync::watch, time::timeout};
 
@@ -524,6 +524,23 @@ async fn many_who_come_back_to_one_place_share_its_reads() {
     assert!(clients.join_all().await.iter().all(|got| *got == expected));
     // 300 events are two pages.
     assert!(hub.0.metrics.history_reads.get() <= 4, "{}", hub.0.metrics.history_reads.get());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_stalls_while_a_page_is_read_holds_up_nobody_who_wants_it_too() {
+    let broker = Faulty::new(13);
+    let hub = hub(&broker, |settings| settings.history.concurrency = 1);
+    let first = broker.publish("a").await;
+    broker.publish("a").await;
+    let (_, mut stalled) = subscribe(&hub, "a", after(first)).await;
+    let (_, mut other) = subscribe(&hub, "a", after(first)).await;
+
+    // Its page is under way, and what was there before does not get through to its client.
+    assert!(stalled.next().now_or_never().is_none());
+    stalled.give_back_after(first.sequence);
+
+    assert_eq!(take(&mut other, 1).await, [2]);
+    assert_eq!(take(&mut stalled, 1).await, [2]);
 }
 
 #[tokio::test(start_paused = true)]
