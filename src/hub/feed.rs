@@ -165,12 +165,14 @@ impl Reader {
 }
 
 /// Passes hints on for as long as the feed is kept.
-async fn listen(feed: Weak<Feed>, hub: Hub, mut hints: Hints) {
+async fn listen(feed: Weak<Feed>, hub: Hub, hints: Hints) {
+    // Their end may be met while those that are ready are taken, and again here.
+    let mut hints = hints.fuse();
     loop {
         let Some(first) = hints.next().await else {
             // Boxed, because it is rare and large, and there is a task like this for every feed.
             match Box::pin(listen_again(&feed, &hub)).await {
-                Some(again) => hints = again,
+                Some(again) => hints = again.fuse(),
                 None => return,
             }
             continue;
