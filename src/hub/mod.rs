@@ -9,6 +9,8 @@ mod backoff;
 mod cursor;
 mod feed;
 mod log;
+#[cfg(test)]
+mod model;
 mod pages;
 mod resume;
 #[cfg(test)]
@@ -221,11 +223,11 @@ impl Hub {
         for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
             let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
             // Whoever answers next may lag behind the stream's leader, and may not say less than it did now.
-            let Bounds { last, .. } = self.0.broker.bounds().await?;
+            let Bounds { epoch, last, .. } = self.0.broker.bounds().await?;
             let mut backoff = Backoff::new();
             loop {
                 match self.0.broker.last(&subjects).await? {
-                    Some(known) if known.as_of < last => backoff.wait().await,
+                    Some(known) if known.epoch == epoch && known.as_of < last => backoff.wait().await,
                     Some(known) => {
                         for ((_, feed), last) in chunk.iter().zip(&known.sequences) {
                             feed.audit(self, *last, &known);

@@ -1,0 +1,269 @@
+//! A client that believes what it is told, and a judge of whether it was told everything.
+
+use std::collections::HashSet;
+
+use futures_util::FutureExt;
+use proptest::sample::Index;
+
+use super::stream::{Stored, Stream, Streams};
+use crate::{
+    event::{Epoch, Event, EventId},
+    hub::{Cursor, Hub, Opening, Start, StartAt},
+    position::{Position, Tag},
+    sse::Format,
+    subject::Filter,
+};
+
+/// Where a client begins.
+#[derive(Clone, Debug)]
+pub enum Begin {
+    Now,
+    First,
+    Last(u64),
+    AtTimeOf(Index),
+    Snapshot,
+    /// With the last id of another one, whatever its filters.
+    WhereIs(usize),
+}
+
+impl Begin {
+    pub fn start(&self, streams: &Streams) -> Option<StartAt> {
+        let stored = &streams.now().stored;
+        match self {
+            Begin::Now => Some(StartAt::Now),
+            Begin::First => Some(StartAt::First),
+            Begin::Last(count) => Some(StartAt::Last(*count)),
+            Begin::AtTimeOf(_) if stored.is_empty() => None,
+            Begin::AtTimeOf(index) => Some(StartAt::Time(stored[index.index(stored.len())].event.time)),
+            Begin::Snapshot => Some(StartAt::Snapshot),
+            Begin::WhereIs(_) => None,
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Client {
+    cursor: Option<Cursor>,
+    filters: Vec<Filter>,
+    /// The last id that it was told.
+    pub position: Option<Position>,
+    /// After this, everything is owed; and, of a snapshot, these as long as they are kept.
+    begun: Option<Position>,
+    state: Vec<(Epoch, u64)>,
+    got: Vec<(usize, Event)>,
+    gaps: Vec<Gap>,
+}
+
+#[derive(Debug)]
+struct Gap {
+    requested: Position,
+    resumed: Position,
+}
+
+impl Client {
+    pub async fn join(hub: &Hub, streams: &Streams, filters: &[&str], at: StartAt) -> Client {
+        let filters = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
+        let mut client = Client { filters, ..Client::default() };
+        let start = Start { last_event_id: None, at: at.clone() };
+        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw).await else { return client };
+        client.cursor = Some(cursor);
+        client.begun = client.open(streams, opening);
+        if client.begun.is_none() {
+            let stream = streams.now();
+            client.begun = Some(EventId { epoch: stream.epoch, sequence: stream.last() }.into());
+            let state = stream.snapshot(&client.filters, stream.last());
+            client.state = state.map(|event| (stream.epoch, event.sequence)).collect();
+        }
+        client.check_beginning(streams, at);
+        client
+    }
+
+    /// Takes an opening; the position that it tells, if any. After a gap, what was asked for is owed or named.
+    fn open(&mut self, streams: &Streams, opening: Opening) -> Option<Position> {
+        match opening {
+            Opening::Snapshot => None,
+            Opening::Position(position) => {
+                self.moves_to(streams, position.clone());
+                Some(position)
+            }
+            Opening::Gap(block) => {
+                self.receive(streams, &block.bytes);
+                self.gaps.last().map(|gap| gap.requested.clone())
+            }
+        }
+    }
+
+    /// That it begins where it asked to.
+    fn check_beginning(&self, streams: &Streams, at: StartAt) {
+        let (Some(position), stream) = (&self.position, streams.now()) else { return };
+        for filter in &self.filters {
+            let kept = || stream.kept(stream.last()).filter(|event| filter.matches(&event.subject));
+            let owed = kept().filter(|event| event.sequence > position.of(Tag::of(filter))).count();
+            match &at {
+                StartAt::First => assert_eq!(owed, kept().count(), "not from the first"),
+                StartAt::Last(count) => assert_eq!(owed, kept().count().min(*count as usize), "not the last {count}"),
+                StartAt::Time(time) => {
+                    assert_eq!(owed, kept().filter(|event| event.time >= *time).count(), "not from {time}");
+                }
+                StartAt::Now | StartAt::After(_) | StartAt::Snapshot => {}
+            }
+        }
+    }
+
+    /// Who was told no id yet, has nothing to come back with.
+    pub fn leave(&mut self) {
+        self.cursor = None;
+        if self.position.is_none() {
+            *self = Client::default();
+        }
+    }
+
+    pub async fn come_back(&mut self, hub: &Hub, streams: &Streams) {
+        let (None, Some(position)) = (&self.cursor, self.position.clone()) else { return };
+        let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
+        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw).await {
+            self.cursor = Some(cursor);
+            if let Opening::Position(told) = &opening {
+                let stands =
+                    |position: &Position| self.filters.iter().map(|filter| position.of(Tag::of(filter))).collect();
+                let [told, asked]: [Vec<u64>; 2] = [stands(told), stands(&position)];
+                assert_eq!(told, asked, "it goes on elsewhere");
+            }
+            self.open(streams, opening);
+        }
+    }
+
+    /// Takes frames if there are any, of which so many arrive.
+    pub async fn take(&mut self, streams: &Streams, arrive: usize) {
+        let Some(cursor) = &mut self.cursor else { return };
+        for _turn in 0..20 {
+            if let Some(frames) = cursor.next().now_or_never() {
+                let Some(last) = arrive.min(frames.len()).checked_sub(1) else {
+                    return self.leave();
+                };
+                cursor.give_back_after(frames[last].sequence);
+                for frame in &frames[..=last] {
+                    self.receive(streams, &[&frame.id_line[..], &frame.block[..]].concat());
+                }
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+        cursor.let_go();
+    }
+
+    pub async fn take_all(&mut self, streams: &Streams) {
+        loop {
+            let Some(cursor) = &mut self.cursor else { return };
+            let Ok(frames) = tokio::time::timeout(super::SETTLES, cursor.next()).await else { return };
+            for frame in frames {
+                self.receive(streams, &[&frame.id_line[..], &frame.block[..]].concat());
+            }
+        }
+    }
+
+    pub fn beat(&mut self, streams: &Streams) {
+        if let Some(position) = self.cursor.as_mut().and_then(Cursor::quiet_position) {
+            self.moves_to(streams, position);
+        }
+    }
+
+    /// Takes one block: an event or a gap.
+    fn receive(&mut self, streams: &Streams, block: &[u8]) {
+        let text = std::str::from_utf8(block).unwrap();
+        let id = text.strip_prefix("id: ").and_then(|rest| rest.split('\n').next());
+        let position: Position = id.unwrap_or_else(|| panic!("no id: {text}")).parse().unwrap();
+        let (head, data) = text.split_once("data: ").unwrap();
+        match head.ends_with("event: tidegate.gap\n") {
+            true => self.miss(streams, serde_json::from_str(data).unwrap()),
+            false => self.get(streams, data.trim_end().parse().unwrap()),
+        }
+        self.moves_to(streams, position);
+    }
+
+    /// Each event once, each subject's in order, and none that was not asked for.
+    fn get(&mut self, streams: &Streams, id: EventId) {
+        let number = streams.number(id.epoch);
+        let event = &streams.0[number].stored[id.sequence as usize - 1].event;
+        assert!(self.filters.iter().any(|filter| filter.matches(&event.subject)), "{id} was not asked for");
+        let before = self.got.iter().rev().find(|(_, before)| before.subject == event.subject);
+        let in_order = before.is_none_or(|(then, before)| (*then, before.sequence) < (number, id.sequence));
+        assert!(in_order, "{id} is repeated or out of order");
+        self.got.push((number, event.clone()));
+    }
+
+    /// A gap is told only where something is gone.
+    fn miss(&mut self, streams: &Streams, data: serde_json::Value) {
+        let text = |key: &str| data[key].as_str().unwrap_or_else(|| panic!("{data} has no {key}"));
+        let parsed = |key| text(key).parse::<Position>().unwrap_or_else(|_| panic!("{data} has no {key}"));
+        let gap = Gap { requested: parsed("requested"), resumed: parsed("resumed") };
+        let Gap { requested, resumed } = &gap;
+        let stream = &streams.0[streams.number(resumed.epoch)];
+        match text("reason") {
+            "expired" => {
+                assert_eq!(requested.epoch, resumed.epoch);
+                let lost = |filter: &Filter| requested.of(Tag::of(filter)) + 1 < stream.first;
+                assert!(self.filters.iter().any(lost), "nothing has expired after {requested}");
+            }
+            "recreated" => assert!(streams.number(requested.epoch) < streams.number(resumed.epoch), "{data}"),
+            other => panic!("there is no reason to say {other}"),
+        }
+        self.gaps.push(gap);
+    }
+
+    /// Nobody is told of what is not stored, or goes back, unless it is over nothing that the filter matches.
+    fn moves_to(&mut self, streams: &Streams, position: Position) {
+        let stream = &streams.0[streams.number(position.epoch)];
+        for filter in &self.filters {
+            let now = position.of(Tag::of(filter));
+            assert!(now <= stream.last(), "{position} is beyond the stream's end");
+            if let Some(before) = self.position.as_ref().filter(|before| before.epoch == position.epoch) {
+                let again = stream
+                    .stored
+                    .iter()
+                    .skip(now as usize)
+                    .take_while(|stored| stored.event.sequence <= before.of(Tag::of(filter)));
+                let is_matched = |stored: &Stored| filter.matches(&stored.event.subject);
+                assert!(!again.into_iter().any(is_matched), "from {before} back to {position}");
+            }
+        }
+        self.position = Some(position);
+    }
+
+    /// That everything owed was delivered, or named in a gap.
+    pub fn check(&self, streams: &Streams) {
+        let Some(begun) = &self.begun else { return };
+        let got: HashSet<_> = self.got.iter().map(|(number, event)| (*number, event.sequence)).collect();
+        let oldest = streams.number(begun.epoch);
+        for (number, stream) in streams.0.iter().enumerate().skip(oldest) {
+            for Stored { event, is_removed } in &stream.stored {
+                let by: Vec<_> = self.filters.iter().filter(|filter| filter.matches(&event.subject)).collect();
+                // What lies behind one filter that matches it, is not owed by another.
+                let is_behind = |filter: &&Filter| number == oldest && event.sequence <= begun.of(Tag::of(filter));
+                let is_owed = !by.is_empty() && !by.iter().any(is_behind);
+                let is_told = || self.gaps.iter().any(|gap| gap.names(streams, stream, event.sequence, &by));
+                let is_settled = !is_owed || *is_removed || got.contains(&(number, event.sequence)) || is_told();
+                assert!(is_settled, "{}-{} is missing: {:?}", stream.epoch, event.sequence, self.gaps);
+            }
+        }
+        let now = streams.now();
+        for (epoch, sequence) in self.state.iter().filter(|(epoch, _)| *epoch == now.epoch) {
+            let is_kept = now.kept(now.last()).any(|event| event.sequence == *sequence);
+            let has = got.contains(&(streams.number(*epoch), *sequence));
+            assert!(has || !is_kept, "{sequence} is missing of the snapshot");
+        }
+    }
+}
+
+impl Gap {
+    /// Whether it tells one of these filters that the event is missing.
+    fn names(&self, streams: &Streams, stream: &Stream, sequence: u64, filters: &[&Filter]) -> bool {
+        let [from, at, to] =
+            [self.requested.epoch, stream.epoch, self.resumed.epoch].map(|epoch| streams.number(epoch));
+        filters.iter().any(|filter| {
+            let after = from < at || from == at && self.requested.of(Tag::of(filter)) < sequence;
+            let before = at < to || at == to && sequence <= self.resumed.of(Tag::of(filter));
+            after && before
+        })
+    }
+}
