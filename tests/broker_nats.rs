@@ -6,6 +6,7 @@ mod nats_server;
 use std::{
     io::{Read as _, Write},
     net::{TcpListener, TcpStream},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,9 +17,13 @@ use tidegate::{
     broker::{Broker, Condition, From, Health, Hint, Hints, Publication, Publish, PublishError, Read, nats::Nats},
     config::{self, History},
     event::Event,
+    hub::{self, Hub, Start, StartAt},
+    metrics::Metrics,
+    shutdown::Tasks,
+    sse::Format,
     subject::{Filter, Subject},
 };
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 
 use nats_server::NatsServer;
 
@@ -278,6 +283,56 @@ async fn a_deleted_stream_is_told_and_stores_nothing() {
     assert!(broker.bounds().await.is_err() && broker.read(all("a")).await.is_err());
     assert!(matches!(broker.health(), Health::Away(why) if why.contains("stream not found")));
     assert_eq!(broker.publish(on("a")).await.unwrap().await, Err(PublishError::Unavailable));
+}
+
+#[tokio::test]
+async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
+    let server = NatsServer::start();
+    let broker = Arc::new(connect(&server.settings()).await);
+    let operator = Operator::new(&server).await;
+    let settings = config::Config::load(None, vec![("audit.interval", "200ms".into())]).unwrap();
+    let settings =
+        hub::Settings { feed: settings.feed, history: settings.history, audit: settings.audit, write_bytes: 65_536 };
+    let hub = Hub::start(broker.clone(), settings, Arc::new(Metrics::new()), Tasks::new(Handle::current()));
+    let mut cursors = vec![];
+    for wanted in ["a", "*", ">"] {
+        let start = Start { last_event_id: None, at: StartAt::Now };
+        cursors.push(hub.subscribe(&[filter(wanted)], start, Format::Raw).await.unwrap().1);
+    }
+    let whole = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+
+    let mut sequence = 0;
+    for (setting, value) in [
+        ("republish", Value::Null),
+        ("republish", json!({ "src": "events.>", "dest": "elsewhere.>" })),
+        ("allow_direct", json!(false)),
+        ("subjects", json!(["events.>", "more.>"])),
+        ("max_msgs_per_subject", json!(1000)),
+    ] {
+        operator.update(json!({ setting: value })).await;
+        eventually(async || matches!(broker.health(), Health::Unfit(why) if why.contains(setting))).await;
+        for back in [None, Some(&whole[setting])] {
+            if let Some(value) = back {
+                operator.update(json!({ setting: value })).await;
+                eventually(async || broker.health() == Health::Ready).await;
+            }
+            for _ in 0..2 {
+                sequence = broker.publish(on("a")).await.unwrap().await.unwrap().id.sequence;
+            }
+            for cursor in &mut cursors {
+                let mut got = vec![];
+                while got.len() < 2 {
+                    let frames = tokio::time::timeout(PATIENCE, cursor.next()).await.expect("frames in time");
+                    got.extend(frames.iter().map(|frame| frame.sequence));
+                }
+                assert_eq!(got, [sequence - 1, sequence], "{setting}");
+            }
+        }
+    }
+
+    operator.update(json!({ "allow_direct": false })).await;
+    let page = broker.read(Read { until: sequence, ..all("a") }).await.unwrap();
+    assert_eq!(sequences(&page.events)[..3], [1, 2, 3], "the leader tells history, too");
 }
 
 #[tokio::test]

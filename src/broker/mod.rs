@@ -222,4 +222,6 @@ pub enum Health {
     Ready,
     /// Not now, for this reason.
     Away(String),
+    /// They may, but what the broker keeps was changed, so that the promises can't be kept as they should: this is why.
+    Unfit(String),
 }

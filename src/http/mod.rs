@@ -137,7 +137,8 @@ async fn not_found(app: web::Data<App>) -> HttpResponse {
 }
 
 async fn metrics(app: web::Data<App>) -> HttpResponse {
-    app.metrics.broker_up.set(i64::from(app.broker.health() == Health::Ready));
+    let is_away = matches!(app.broker.health(), Health::Away(_));
+    app.metrics.broker_up.set(i64::from(!is_away));
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode())
 }
 
@@ -153,7 +154,7 @@ async fn ready(app: web::Data<App>) -> HttpResponse {
     }
     match app.broker.health() {
         Health::Ready => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
-        Health::Away(why) => away(&format!("broker: {why}")),
+        Health::Away(why) | Health::Unfit(why) => away(&format!("broker: {why}")),
     }
 }
 

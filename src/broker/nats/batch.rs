@@ -15,7 +15,7 @@ use crate::event::Event;
 /// The most subjects whose last messages a server tells at once.
 pub(super) const SUBJECTS_MAX: usize = 1024;
 /// How long a replica may say nothing. One that froze is asked all the same until its cluster gives it up.
-const SILENCE: Duration = Duration::from_secs(1);
+pub(super) const SILENCE: Duration = Duration::from_secs(1);
 
 pub(super) struct Batches {
     pub client: Client,

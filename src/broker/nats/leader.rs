@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::Instant};
 
-use super::{inbox::Inbox, message::Stored, rounds::Rounds};
+use super::{inbox::Inbox, message::Stored, rounds::Rounds, stream::Misfit};
 use crate::{
     broker::{Bounds, BrokerError},
     event::Epoch,
@@ -145,6 +145,8 @@ pub(super) struct Known {
     epoch: Mutex<Epoch>,
     /// Why the last question about the stream failed, if it did.
     trouble: Mutex<Option<String>>,
+    /// What is wrong with the stream's settings, if anything is.
+    misfit: Mutex<Option<String>>,
     pub doubts: watch::Sender<u64>,
     /// How often the stream was said to have changed.
     changes: AtomicU64,
@@ -168,6 +170,23 @@ impl Known {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    pub fn misfit(&self) -> Option<String> {
+        self.misfit.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes note of what does not fit (any more), and logs it once.
+    pub fn judge(&self, misfits: &[Misfit]) {
+        let now = (!misfits.is_empty()).then(|| misfits.iter().map(Misfit::to_string).collect::<Vec<_>>().join("; "));
+        let mut misfit = self.misfit.lock().unwrap_or_else(PoisonError::into_inner);
+        if *misfit != now {
+            match &now {
+                Some(now) => tracing::error!(misfit = %now, "the stream was changed and does not fit any more"),
+                None => tracing::info!("the stream fits again"),
+            }
+            *misfit = now;
+        }
+    }
+
     fn learn(&self, answer: &Result<Arc<Info>, RequestError>, as_of: u64) {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) =
             answer.as_ref().err().map(|error| error.to_string());
@@ -189,6 +208,7 @@ impl Leader {
         let known = Arc::new(Known {
             epoch: Mutex::new(info.bounds.epoch),
             trouble: Mutex::new(None),
+            misfit: Mutex::new(None),
             doubts: watch::Sender::new(0),
             changes: AtomicU64::new(0),
             epoch_as_of: AtomicU64::new(occasions(&requests, 0)),

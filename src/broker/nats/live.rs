@@ -12,6 +12,7 @@ use tokio::{
 use super::{
     leader::{Leader, RequestError},
     message,
+    stream::Fitness,
 };
 use crate::{
     broker::{BrokerError, Hints},
@@ -23,7 +24,7 @@ use crate::{
 const SECOND_DOUBT: Duration = Duration::from_millis(500);
 /// How often the connection is looked at: async-nats drops events when its channel for them is full.
 const LOOK: Duration = Duration::from_secs(1);
-/// How often the leader is asked whether the stream is there, and the same.
+/// How often the leader is asked whether the stream is there, the same, and as it must be.
 const ASK: Duration = Duration::from_secs(5);
 
 /// Hints on `filter`.
@@ -55,7 +56,12 @@ pub(super) enum Incident {
 }
 
 /// Moves the doubts for as long as it runs.
-pub(super) async fn watch(leader: Leader, mut incidents: mpsc::Receiver<Incident>, mut advisories: Subscriber) {
+pub(super) async fn watch(
+    leader: Leader,
+    fitness: Fitness,
+    mut incidents: mpsc::Receiver<Incident>,
+    mut advisories: Subscriber,
+) {
     let client = leader.requests().client.clone();
     let mut connections = connections_of(&client);
     let mut look = tokio::time::interval(LOOK);
@@ -99,7 +105,9 @@ pub(super) async fn watch(leader: Leader, mut incidents: mpsc::Receiver<Incident
             second_doubt = Some(Instant::now() + SECOND_DOUBT);
         } else if asked.elapsed() >= ASK {
             // Learns of trouble and of another incarnation by itself.
-            let _ = leader.info().await;
+            if let Ok(info) = leader.info().await {
+                leader.known().judge(&fitness.misfits(&info.config));
+            }
             asked = Instant::now();
         }
     }

@@ -41,6 +41,7 @@ use self::{
     publish::Publisher,
     read::History,
     start::Entrance,
+    stream::Fitness,
 };
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Page, Publication, Publish, PublishError,
@@ -100,7 +101,8 @@ impl Nats {
             .subscribe(format!("$JS.EVENT.ADVISORY.STREAM.*.{}", names.name))
             .await
             .map_err(|error| StartError::Unreachable { at: entrance.at.clone(), why: error.to_string() })?;
-        let watch = tokio::spawn(live::watch(leader.clone(), incidents, advisories)).abort_handle();
+        let fitness = Fitness::new(names.clone(), event_bytes);
+        let watch = tokio::spawn(live::watch(leader.clone(), fitness, incidents, advisories)).abort_handle();
         Ok(Nats {
             history: History {
                 batches: Batches {
@@ -188,9 +190,11 @@ impl Broker for Nats {
         if connections.any(|client| client.connection_state() != State::Connected) {
             return Health::Away("not connected to NATS".into());
         }
-        match self.leader.known().trouble() {
-            Some(trouble) => Health::Away(format!("stream {}: {trouble}", self.settings.stream.name)),
-            None => Health::Ready,
+        let (known, name) = (self.leader.known(), &self.settings.stream.name);
+        match (known.trouble(), known.misfit()) {
+            (Some(trouble), _) => Health::Away(format!("stream {name}: {trouble}")),
+            (None, Some(misfit)) => Health::Unfit(format!("the stream {name} does not fit any more: {misfit}")),
+            (None, None) => Health::Ready,
         }
     }
 

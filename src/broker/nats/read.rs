@@ -11,8 +11,8 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
-    batch::{Batch, Batches, End},
-    leader::Leader,
+    batch::{Batch, Batches, End, SILENCE},
+    leader::{Leader, RequestError},
 };
 use crate::{
     broker::{Bounds, BrokerError, From, LastKnown, Page, Read},
@@ -78,7 +78,11 @@ impl History {
             "batch": self.page_events,
             "max_bytes": self.page_bytes,
         });
-        let Batch { events, end } = self.batches.get(&query).await?;
+        let Batch { events, end } = match self.batches.get(&query).await {
+            // Direct reads were switched off: the leader tells as well, only slowly.
+            Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
+            batch => batch?,
+        };
 
         let proven = events.last().map_or(start, |event| event.sequence);
         let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
@@ -205,9 +209,12 @@ impl History {
     pub async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         for _ in 0..ATTEMPTS {
             let before = self.leader.epoch();
-            let Some((shown, sequences, as_of)) = self.last_of(subjects, None).await? else {
-                return Ok(None);
+            let known = match self.last_of(subjects, None).await {
+                // Direct reads were switched off: pages can be had all the same.
+                Err(RequestError::NoResponders) => None,
+                known => known?,
             };
+            let Some((shown, sequences, as_of)) = known else { return Ok(None) };
             let Bounds { epoch, first, .. } = self.bounds_past(&shown, as_of).await?;
             if epoch == before {
                 return Ok(Some(LastKnown { epoch, sequences, as_of, first }));
@@ -222,7 +229,7 @@ impl History {
         &self,
         subjects: &[Subject],
         up_to: Option<u64>,
-    ) -> Result<Option<(Vec<Event>, Vec<u64>, u64)>, BrokerError> {
+    ) -> Result<Option<(Vec<Event>, Vec<u64>, u64)>, RequestError> {
         let prefix = &self.batches.prefix;
         let mut wanted: Vec<String> = subjects.iter().map(|subject| format!("{prefix}{subject}")).collect();
         let mut batch = self.batches.get(&self.last_messages(&wanted, up_to)).await?;
@@ -240,9 +247,7 @@ impl History {
                 let sequences = sequences(&events, subjects);
                 Ok(Some((events, sequences, as_of)))
             }
-            Batch { end: End::Broken, .. } => {
-                Err(BrokerError::Unavailable("a replica did not answer to the end".into()))
-            }
+            Batch { end: End::Broken, .. } => Err(RequestError::Silent(SILENCE)),
             Batch { end: End::Whole { .. } | End::Nothing | End::TooMuch, .. } => Ok(None),
         }
     }

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::{
     leader::{self, Info, RequestError, Requests, code},
     live::Incident,
-    stream::{self, Misfit},
+    stream::{self, Fitness, Misfit},
 };
 use crate::config;
 
@@ -178,8 +178,8 @@ impl Entrance {
             }
             Err(error) => return Err(self.unanswered(error, format!("$JS.API.STREAM.INFO.{name}"))),
         };
-        let message_bytes = event_bytes.saturating_add(HEADER_BYTES);
-        let misfits = stream::misfits(&info.config, settings, message_bytes);
+        let fitness = Fitness::new(settings.clone(), event_bytes);
+        let misfits = fitness.misfits(&info.config);
         if misfits.is_empty() {
             return Ok(info);
         }
@@ -192,7 +192,7 @@ impl Entrance {
         let by_hand = "nothing was changed: change it (nats stream edit), or name another stream in nats.stream.name";
         let config = stream::mended(info.config, &misfits).map_err(|found| misfit(&found, by_hand))?;
         info = self.change(requests, settings, "mended", config).await?;
-        match stream::misfits(&info.config, settings, message_bytes).first() {
+        match fitness.misfits(&info.config).first() {
             None => Ok(info),
             Some(found) => Err(misfit(found, by_hand)),
         }

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::start::HEADER_BYTES;
 use crate::config::NatsStream;
 
 const DEFINITION: &str = include_str!("../../../nats/stream.json");
@@ -17,6 +18,22 @@ pub struct Misfit {
     mend: Option<Value>,
 }
 
+/// What a stream must be for this gateway.
+pub(super) struct Fitness {
+    settings: NatsStream,
+    message_bytes: usize,
+}
+
+impl Fitness {
+    pub fn new(settings: NatsStream, event_bytes: usize) -> Fitness {
+        Fitness { settings, message_bytes: event_bytes.saturating_add(HEADER_BYTES) }
+    }
+
+    pub fn misfits(&self, config: &Value) -> Vec<Misfit> {
+        misfits(config, &self.settings, self.message_bytes)
+    }
+}
+
 /// The definition with this gateway's names.
 pub(super) fn definition(settings: &NatsStream) -> Value {
     let mut config: Value = serde_json::from_str(DEFINITION).expect("nats/stream.json is tested to be JSON");
@@ -30,7 +47,7 @@ pub(super) fn definition(settings: &NatsStream) -> Value {
 /// Everything about `config` that breaks a promise.
 ///
 /// Settings that the promises do not depend on (limits, storage, replicas, placement, compression) are the operator's.
-pub(super) fn misfits(config: &Value, settings: &NatsStream, message_bytes: usize) -> Vec<Misfit> {
+fn misfits(config: &Value, settings: &NatsStream, message_bytes: usize) -> Vec<Misfit> {
     let mut misfits = vec![];
     let mut must = |setting: &'static str, fits: bool, wanted: Value, mend: Option<Value>| {
         if !fits {
