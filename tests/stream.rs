@@ -21,6 +21,7 @@ on_every_broker!(
     filters_match_by_the_rules_of_nats,
     filters_are_taken_from_path_and_query_alike,
     streams_begin_where_they_are_asked_to,
+    a_beginning_beyond_what_is_kept_is_told,
     the_last_event_id_wins_over_from,
     an_unknown_id_is_told_and_the_stream_begins_as_without_it,
     quiet_streams_get_a_bare_comment,
@@ -227,6 +228,26 @@ fn streams_begin_where_they_are_asked_to(broker: Backend) {
     assert_eq!(from("-100000d").data(4), ["1", "2", "3", "4"]);
     for stream in [&mut now, &mut nowhere, &mut future, &mut after_the_last] {
         assert_eq!(stream.next().data, "4");
+    }
+}
+
+fn a_beginning_beyond_what_is_kept_is_told(broker: Backend) {
+    let gateway = broker.gateway().with("embedded.events", "10").start();
+    let ids = gateway.publish_all("demo", (1..=19).map(|n| n.to_string()));
+    gateway.publish("demo", "20");
+    broker.keep_only(10);
+    let time = gateway.stream("/events/demo?format=json&from=-1").next().json()["time"].as_str().unwrap().to_owned();
+
+    for from in ["-15m", "2020-01-01T00:00:00Z", "-11", "-100000"] {
+        let mut stream = gateway.stream(format!("/events/demo?from={from}"));
+        let gap = stream.next();
+        let (requested, resumed, reason) = gap.gap();
+        assert_eq!((resumed.as_str(), reason.as_str()), (ids[9].as_str(), "expired"), "{from}");
+        assert!(from == "-15m" || requested == from, "{requested}");
+        assert_eq!(stream.data(10).first().map(String::as_str), Some("11"));
+    }
+    for (from, first) in [("first", "11"), ("-10", "11"), ("-9", "12"), (time.as_str(), "20")] {
+        assert_eq!(gateway.stream(format!("/events/demo?from={from}")).next().data, first, "{from}");
     }
 }
 

@@ -7,6 +7,7 @@
 //! id of this epoch, beyond the leader's last -> gap unknown-id, then as without an id
 //! id of another epoch                        -> gap recreated, then from the first
 //! no id of ours                              -> gap unknown-id, then as without an id
+//! a time or count beyond what is kept        -> gap expired, then from the oldest kept
 //! ```
 
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use super::{
     pages::{Ahead, SharedPage},
 };
 use crate::{
-    broker::{BrokerError, From, Read, SnapshotRead},
+    broker::{BrokerError, From, Page, Read, SnapshotRead},
     event::Epoch,
     position::Position,
     sse::{self, Block, Format, GapReason},
@@ -105,6 +106,11 @@ pub(super) async fn subscribe(
 }
 
 async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, BrokerError> {
+    let requested = match &at {
+        StartAt::Time(time) => time.to_string(),
+        StartAt::Last(count) => format!("-{count}"),
+        StartAt::Now | StartAt::First | StartAt::After(_) | StartAt::Snapshot => String::new(),
+    };
     let from = match at {
         StartAt::After(position) => return Box::pin(after(hub, filters, position, StartAt::Now)).await,
         StartAt::Now => None,
@@ -116,16 +122,22 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
     'again: loop {
         let (epoch, readers) = hub.started(filters).await?;
         let mut places = vec![];
+        let mut is_whole = true;
         for reader in readers {
             places.push(match from {
                 None => {
                     let proven = reader.feed.proven();
                     Place::new(reader, proven)
                 }
-                Some(from) => match begin_with(hub, epoch, reader, from).await? {
-                    Some(place) => place,
-                    None => continue 'again,
-                },
+                Some(from) => {
+                    let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
+                    if page.epoch != epoch {
+                        reader.retire();
+                        continue 'again;
+                    }
+                    is_whole &= begins_within_what_is_kept(hub, from, &page).await?;
+                    begin_with(reader, page)
+                }
             });
         }
         if from.is_none() {
@@ -133,7 +145,25 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
             let now = places.iter().map(|place| place.position).max().unwrap_or(0);
             places.iter_mut().for_each(|place| place.position = now);
         }
-        return Ok(Found::at(epoch, places));
+        let gap = (!is_whole).then_some((requested, GapReason::Expired));
+        return Ok(Found { gap, ..Found::at(epoch, places) });
+    }
+}
+
+/// Whether nothing that was asked for can have been dropped. What was dropped has left nothing but its number.
+async fn begins_within_what_is_kept(hub: &Hub, from: From, page: &Page) -> Result<bool, BrokerError> {
+    if page.first <= 1 {
+        return Ok(true);
+    }
+    match from {
+        From::After(_) => Ok(true),
+        From::Last(count) => Ok(page.start >= page.first || !page.more && page.events.len() as u64 >= count),
+        From::Time(time) if time > Timestamp::now() => Ok(true),
+        From::Time(time) => {
+            let everything = Filter::parse(">").expect("it is one");
+            let oldest = hub.read_shared(page.epoch, &everything, page.first - 1).await?;
+            Ok(oldest.passages.first().is_some_and(|oldest| oldest.event.time < time))
+        }
     }
 }
 
@@ -151,13 +181,8 @@ async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<Found, Bro
     }
 }
 
-/// A place before the first event that is read from there; `None` where the stream turns out to be another one.
-async fn begin_with(hub: &Hub, epoch: Epoch, reader: Reader, from: From) -> Result<Option<Place>, BrokerError> {
-    let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
-    if page.epoch != epoch {
-        reader.retire();
-        return Ok(None);
-    }
+/// A place before the first event of the page that is read first.
+fn begin_with(reader: Reader, page: Page) -> Place {
     // What expired while the page was read may leave holes below the oldest kept: begin there.
     let (first, proven) = (page.first, page.proven);
     let ahead = Ahead::after(Arc::new(SharedPage::new(page)), first.saturating_sub(1));
@@ -167,7 +192,7 @@ async fn begin_with(hub: &Hub, epoch: Epoch, reader: Reader, from: From) -> Resu
     };
     let mut place = Place::new(reader, position);
     (place.ahead, place.ahead_proven) = (ahead, proven);
-    Ok(Some(place))
+    place
 }
 
 /// The place of one who was at `position`.

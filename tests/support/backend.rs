@@ -1,6 +1,11 @@
 //! The one place that says which brokers the suite runs on.
 
-use super::{gateway::Launch, nats::NatsServer};
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
+};
+
+use super::{PATIENCE, gateway::Launch, nats::NatsServer};
 
 /// The broker that a test's gateways run on. It lives as long as the test.
 pub enum Backend {
@@ -15,6 +20,18 @@ impl Backend {
 
     pub fn nats() -> Backend {
         Backend::Nats(NatsServer::start())
+    }
+
+    /// Drops all but the last events of the stream, so many. (The embedded broker does with `embedded.events`.)
+    pub fn keep_only(&self, events: usize) {
+        let Backend::Nats(server) = self else { return };
+        let nats = BufReader::new(TcpStream::connect(server.address()).unwrap());
+        nats.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        let wish = format!("{{\"keep\":{events}}}");
+        let request = format!("PUB $JS.API.STREAM.PURGE.EVENTS answer {}\r\n{wish}\r\n", wish.len());
+        nats.get_ref().write_all(format!("CONNECT {{}}\r\nSUB answer 1\r\n{request}").as_bytes()).unwrap();
+        let answer = nats.lines().map(Result::unwrap).find(|line| line.starts_with('{'));
+        assert!(answer.is_some_and(|answer| answer.contains("\"success\":true")));
     }
 
     /// A gateway on this broker, to be configured and started.
