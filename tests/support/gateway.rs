@@ -60,6 +60,12 @@ impl Launch {
         self
     }
 
+    /// For clients that connect to this address.
+    pub fn at(mut self, address: &str) -> Launch {
+        self.listen = format!("{address}:0");
+        self
+    }
+
     pub fn start(self) -> Gateway {
         let mut process = self.spawn();
         let addresses = process.greeting().unwrap_or_else(|| {

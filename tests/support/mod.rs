@@ -15,6 +15,7 @@ pub mod http;
 pub mod nats;
 pub mod nginx;
 pub mod sse;
+pub mod wire;
 
 use std::time::Duration;
 
