@@ -42,8 +42,6 @@ pub enum GapReason {
     Recreated,
     /// The id is not one of ours. Goes on as if there had been none.
     UnknownId,
-    /// A stored message can't be parsed. Goes on after it.
-    Unreadable,
 }
 
 impl GapReason {
@@ -52,7 +50,6 @@ impl GapReason {
             GapReason::Expired => "expired",
             GapReason::Recreated => "recreated",
             GapReason::UnknownId => "unknown-id",
-            GapReason::Unreadable => "unreadable",
         }
     }
 }
