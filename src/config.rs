@@ -133,6 +133,8 @@ pub struct Nats {
     pub publish_timeout: Duration,
     #[serde(deserialize_with = "duration")]
     pub request_timeout: Duration,
+    #[serde(deserialize_with = "positive")]
+    pub subscription_messages: usize,
     pub stream: NatsStream,
 }
 

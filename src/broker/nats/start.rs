@@ -22,8 +22,6 @@ pub const HEADER_BYTES: usize = 4096;
 const INBOX: &str = "_INBOX_tidegate";
 /// A server that does not answer two of these is given up for another: a frozen one is noticed within 15 seconds.
 const PING: Duration = Duration::from_secs(5);
-/// Messages that one subscription holds while its reader is busy. Feeds read at once: what overflows is read again.
-const SUBSCRIPTION_MESSAGES: usize = 16_384;
 
 /// Why the gateway can't begin.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +63,7 @@ pub(super) struct Entrance {
     token: Option<String>,
     credentials: Option<PathBuf>,
     timeout: Duration,
+    subscription_messages: usize,
     /// The servers without user and password.
     pub at: String,
 }
@@ -93,6 +92,7 @@ impl Entrance {
             token,
             credentials: (!settings.credentials.as_os_str().is_empty()).then(|| settings.credentials.clone()),
             timeout: settings.request_timeout,
+            subscription_messages: settings.subscription_messages,
             at: at.join(","),
         })
     }
@@ -109,7 +109,7 @@ impl Entrance {
             .custom_inbox_prefix(INBOX)
             .connection_timeout(self.timeout)
             .ping_interval(PING)
-            .subscription_capacity(subscription_messages.unwrap_or(SUBSCRIPTION_MESSAGES))
+            .subscription_capacity(subscription_messages.unwrap_or(self.subscription_messages))
             .event_callback(move |event| {
                 let incident = match event {
                     Event::Connected | Event::Disconnected => Some(Incident::Connection),
