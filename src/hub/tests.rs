@@ -580,3 +580,42 @@ async fn a_feed_is_kept_a_little_longer_than_its_last_reader() {
     tokio::time::sleep(Duration::from_secs(6)).await;
     assert_eq!(hub.feeds().len(), 0);
 }
+
+/// Readers come and go while the feed that they share is being started, left, forgotten and made again on other threads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn feeds_that_come_and_go_on_many_threads_lose_nothing_and_leave_nothing() {
+    let broker = Arc::new(embedded(100_000));
+    let Config { mut feed, history, audit, .. } = config();
+    feed.linger = Duration::from_millis(1);
+    let settings = Settings { feed, history, audit, write_bytes: 65_536, trusts_hints: false };
+    let metrics = Arc::new(Metrics::new());
+    let hub = Hub::start(broker.clone(), settings, metrics.clone(), Tasks::new(Handle::current()));
+    let mut clients = tokio::task::JoinSet::new();
+    for client in 0..8 {
+        let (hub, broker) = (hub.clone(), broker.clone());
+        clients.spawn(async move {
+            for round in 0..250 {
+                let (_, mut cursor) = subscribe(&hub, ["a", "*"][(client + round) % 2], from(StartAt::Now)).await;
+                let Published { id, .. } = broker.publish(publication("a")).await.unwrap().await.unwrap();
+                let mut reached = 0;
+                while reached < id.sequence {
+                    let frames = timeout(BOUND, cursor.next()).await.expect("it was stored");
+                    reached = frames.last().map_or(0, |frame| frame.sequence);
+                }
+                if round % 16 == 0 {
+                    // Long enough for its feed to be forgotten, if nobody else has come.
+                    drop(cursor);
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            }
+        });
+    }
+    clients.join_all().await;
+    let is_empty = async {
+        while !hub.feeds().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(BOUND, is_empty).await.expect("nobody reads any more");
+    assert_eq!(metrics.feeds.get(), 0);
+}
