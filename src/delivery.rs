@@ -18,6 +18,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use jiff::Timestamp;
 use rand::RngExt;
 use tokio::{
     net::TcpStream,
@@ -280,9 +281,14 @@ impl Delivery {
             };
             match written {
                 Ok(written) => {
-                    self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
-                    let whole = take_off(frames, written);
-                    self.deliveries.metrics.events_delivered.inc_by(whole);
+                    let metrics = &self.deliveries.metrics;
+                    metrics.writes.inc();
+                    metrics.bytes_delivered.inc_by(written as u64);
+                    let Whole { count, newest_stored } = take_off(frames, written);
+                    metrics.events_delivered.inc_by(count);
+                    if let Some(stored) = newest_stored {
+                        metrics.delivery_seconds.observe(seconds_since(stored));
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Wrote::Some),
                 Err(_) => return Err(End::WriteFailed),
@@ -335,9 +341,15 @@ impl Delivery {
     }
 }
 
-/// Takes what was written off the front of `frames`, and says how many of them that was to the end.
-fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> u64 {
-    let mut whole = 0;
+/// The frames that were written to their end.
+struct Whole {
+    count: u64,
+    newest_stored: Option<Timestamp>,
+}
+
+/// Takes what was written off the front of `frames`.
+fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> Whole {
+    let mut whole = Whole { count: 0, newest_stored: None };
     while let Some(frame) = frames.front_mut() {
         for piece in [&mut frame.id_line, &mut frame.block] {
             let part = piece.len().min(written);
@@ -347,10 +359,16 @@ fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> u64 {
         if !frame.block.is_empty() {
             break;
         }
+        whole.count += 1;
+        whole.newest_stored = frame.stored.or(whole.newest_stored);
         frames.pop_front();
-        whole += 1;
     }
     whole
+}
+
+/// By two clocks: the broker's and this node's.
+fn seconds_since(stored: Timestamp) -> f64 {
+    Timestamp::now().duration_since(stored).as_secs_f64().max(0.0)
 }
 
 /// Resolves when the client has closed its side. Whatever else it sends is ignored, up to a bound.

@@ -81,6 +81,7 @@ impl Gateway {
             publisher: broker.clone(),
             deliveries: deliveries.clone(),
             metrics,
+            runtime: Handle::current(),
             limits: config.limits.clone(),
             draining: draining.clone(),
         };

@@ -67,6 +67,11 @@ pub trait Broker: Publish {
     /// Whether requests can be expected to succeed now.
     fn health(&self) -> Health;
 
+    /// How the broker is reached, for whoever watches over it.
+    fn link(&self) -> Link {
+        Link::default()
+    }
+
     /// One line for people: which broker this is and how much it keeps.
     fn describe(&self) -> String;
 }
@@ -215,6 +220,14 @@ pub struct Bounds {
     pub first: u64,
     /// The newest sequence ever stored, kept or not.
     pub last: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Connections that were made, the first ones included.
+    pub connections: u64,
+    /// What the last question about the stream took.
+    pub round_trip: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -178,15 +178,12 @@ impl Batch {
         let subject = publication.subject.clone();
         match self.app.publish(publication).await {
             Err(error) => self.answer(Answer::Refused(number, error)),
-            Ok(acknowledgement) => {
-                let app = self.app.clone().into_inner();
-                self.waiting.push_back(Box::pin(async move {
-                    match app.count_publish(acknowledgement.await) {
-                        Ok(published) => Answer::stored(number, &Receipt::new(published, &subject)),
-                        Err(error) => Answer::Refused(number, error),
-                    }
-                }));
-            }
+            Ok(receipt) => self.waiting.push_back(Box::pin(async move {
+                match receipt.await {
+                    Ok(published) => Answer::stored(number, &Receipt::new(published, &subject)),
+                    Err(error) => Answer::Refused(number, error),
+                }
+            })),
         }
     }
 

@@ -7,13 +7,20 @@ mod publish;
 mod query;
 mod subscribe;
 
-use std::{convert::Infallible, io, net::TcpListener, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use actix_http::{HttpService, KeepAlive};
 use actix_server::{Server, ServerBuilder};
 use actix_service::{IntoServiceFactory, ServiceFactoryExt, fn_service, map_config};
 use actix_web::{HttpRequest, HttpResponse, Resource, dev::AppConfig, http::StatusCode, web};
-use tokio::net::TcpStream;
+use futures_util::future::BoxFuture;
+use tokio::{net::TcpStream, runtime::Handle};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -21,11 +28,11 @@ use self::{
     error::{ApiError, Code},
 };
 use crate::{
-    broker::{Acknowledgement, Health, Publication, Publish, PublishError, SharedBroker},
+    broker::{Health, Publication, Publish, PublishError, Published, SharedBroker},
     config::Limits,
     delivery::Deliveries,
     hub::Hub,
-    metrics::Metrics,
+    metrics::{Metrics, Now},
 };
 
 /// How long a connection is kept for the rest of a body that nobody wants, and for its own orderly end.
@@ -40,6 +47,8 @@ pub struct App {
     pub publisher: Arc<dyn Publish>,
     pub deliveries: Deliveries,
     pub metrics: Arc<Metrics>,
+    /// Where streams and feeds run.
+    pub runtime: Handle,
     pub limits: Limits,
     /// Cancelled when the node begins to drain.
     pub draining: CancellationToken,
@@ -137,9 +146,15 @@ async fn not_found(app: web::Data<App>) -> HttpResponse {
 }
 
 async fn metrics(app: web::Data<App>) -> HttpResponse {
-    let is_away = matches!(app.broker.health(), Health::Away(_));
-    app.metrics.broker_up.set(i64::from(!is_away));
-    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode())
+    let (link, runtime) = (app.broker.link(), app.runtime.metrics());
+    let now = Now {
+        broker_up: !matches!(app.broker.health(), Health::Away(_)),
+        broker_connections: link.connections,
+        broker_round_trip: link.round_trip,
+        runtime_tasks: runtime.num_alive_tasks(),
+        runtime_queue: runtime.global_queue_depth(),
+    };
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode(now))
 }
 
 /// 200 while this node should get requests, else 503; the body says why not.
@@ -156,6 +171,20 @@ async fn ready(app: web::Data<App>) -> HttpResponse {
         Health::Ready => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
         Health::Away(why) | Health::Unfit(why) => away(&format!("broker: {why}")),
     }
+}
+
+/// What became of an event that was handed to the broker.
+type Receipt = BoxFuture<'static, Result<Published, ApiError>>;
+
+fn count_publish(metrics: &Metrics, outcome: Result<&Published, &PublishError>) {
+    let label = match outcome {
+        Ok(_) => "stored",
+        Err(PublishError::Unavailable) => "unavailable",
+        Err(PublishError::OutcomeUnknown) => "unknown",
+        Err(PublishError::ConditionFailed) => "condition",
+        Err(PublishError::Refused(_)) => "refused",
+    };
+    metrics.publishes.with_label_values(&[label]).inc();
 }
 
 impl App {
@@ -178,24 +207,17 @@ impl App {
         self.draining.cancelled().await;
     }
 
-    /// Hands an event to the broker; the outcome is to be passed to [`App::count_publish`].
-    async fn publish(&self, publication: Publication) -> Result<Acknowledgement, ApiError> {
-        match self.publisher.publish(publication).await {
-            Ok(acknowledgement) => Ok(acknowledgement),
-            Err(error) => self.count_publish(Err(error)).map(|never: Infallible| match never {}),
-        }
-    }
-
-    fn count_publish<T>(&self, outcome: Result<T, PublishError>) -> Result<T, ApiError> {
-        let label = match &outcome {
-            Ok(_) => "stored",
-            Err(PublishError::Unavailable) => "unavailable",
-            Err(PublishError::OutcomeUnknown) => "unknown",
-            Err(PublishError::ConditionFailed) => "condition",
-            Err(PublishError::Refused(_)) => "refused",
-        };
-        self.metrics.publishes.with_label_values(&[label]).inc();
-        Ok(outcome?)
+    /// Hands an event to the broker. What comes back resolves once it is stored, or is not.
+    async fn publish(&self, publication: Publication) -> Result<Receipt, ApiError> {
+        let (began, metrics) = (Instant::now(), self.metrics.clone());
+        let acknowledgement = self.publisher.publish(publication).await;
+        let acknowledgement = acknowledgement.inspect_err(|error| count_publish(&metrics, Err(error)))?;
+        Ok(Box::pin(async move {
+            let outcome = acknowledgement.await;
+            metrics.publish_seconds.observe(began.elapsed().as_secs_f64());
+            count_publish(&metrics, outcome.as_ref());
+            Ok(outcome?)
+        }))
     }
 
     fn count_refusal(&self, error: &ApiError) {

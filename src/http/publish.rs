@@ -52,8 +52,7 @@ async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Resul
     check_coding(request)?;
     let payload = read_body(app, request, payload).await?;
     let publication = Publication { subject: subject.clone(), kind, payload, ttl, key, condition };
-    let published = app.publish(publication).await?.await;
-    let published = app.count_publish(published)?;
+    let published = app.publish(publication).await?.await?;
     Ok(HttpResponse::Created().json(Receipt::new(published, &subject)))
 }
 

@@ -17,6 +17,7 @@ use futures_util::{
     FutureExt,
     future::{BoxFuture, select_all},
 };
+use jiff::Timestamp;
 
 use super::{
     Hub,
@@ -29,6 +30,7 @@ use super::{
 use crate::{
     broker::{SnapshotPage, SnapshotRead},
     event::{Epoch, Event, EventId},
+    metrics::Counted,
     position::{Position, Tag},
     sse::{self, Block, Format, GapReason},
     subject::Subject,
@@ -43,8 +45,18 @@ pub struct Cursor {
     snapshot: Option<Box<Snapshot>>,
     /// The place that the last frames came from.
     turn: usize,
+    standing: Standing,
     /// What is being fetched. Kept here, so that [`Cursor::next`] can be dropped and called again.
     fetching: Option<BoxFuture<'static, Fetched>>,
+}
+
+/// Whether a client gets events as they come.
+enum Standing {
+    /// It has not been at the end yet.
+    New,
+    Live,
+    /// Served from history.
+    Behind(#[expect(dead_code, reason = "counts while it is kept")] Counted),
 }
 
 /// A place in one feed.
@@ -77,6 +89,8 @@ pub struct Frame {
     /// The `id:` line of a reader of several filters; else empty, and the line is in `block`.
     pub id_line: Bytes,
     pub block: Bytes,
+    /// When its event was stored: said of the newest of those taken together, if they came live.
+    pub stored: Option<Timestamp>,
 }
 
 enum Fetched {
@@ -131,7 +145,16 @@ impl Snapshot {
 impl Cursor {
     pub(super) fn new(hub: Hub, format: Format, found: Found) -> Cursor {
         let Found { epoch, places, gap: _, snapshot } = found;
-        Cursor { hub, epoch, format, places, snapshot: snapshot.map(Box::new), turn: 0, fetching: None }
+        Cursor {
+            hub,
+            epoch,
+            format,
+            places,
+            snapshot: snapshot.map(Box::new),
+            turn: 0,
+            standing: Standing::New,
+            fetching: None,
+        }
     }
 
     /// Waits for the next frames: at least one, and at most a write's worth, unless a single one is larger.
@@ -206,10 +229,14 @@ impl Cursor {
             // Seen before looking, so that what moves after the look wakes us.
             let place = &mut self.places[number];
             place.seen = place.reader.feed.moves();
-            while let Some(blocks) = self.take_at(number) {
+            while let Some(Passage { blocks, stored, .. }) = self.take_at(number) {
                 if !blocks.is_empty() {
                     self.turn = number;
-                    return self.frames(number, blocks);
+                    let mut frames = self.frames(number, blocks);
+                    if let Some(newest) = frames.last_mut() {
+                        newest.stored = stored;
+                    }
+                    return frames;
                 }
             }
         }
@@ -229,7 +256,7 @@ impl Cursor {
             }
             bytes += block.bytes.len();
             snapshot.position = event.sequence;
-            frames.push(Frame { sequence: event.sequence, id_line: Bytes::new(), block: block.bytes });
+            frames.push(Frame { sequence: event.sequence, id_line: Bytes::new(), block: block.bytes, stored: None });
             snapshot.ahead.pop_front();
         }
         if frames.is_empty() {
@@ -245,7 +272,7 @@ impl Cursor {
     }
 
     /// What comes next at one place, perhaps all of it skipped; `None` when there is nothing.
-    fn take_at(&mut self, number: usize) -> Option<Vec<(u64, Block)>> {
+    fn take_at(&mut self, number: usize) -> Option<Passage> {
         let place = &self.places[number];
         let bytes_max = self.hub.0.settings.write_bytes;
         if !place.ahead.is_empty() {
@@ -253,19 +280,27 @@ impl Cursor {
         }
         let skips = |subject: &Subject, sequence| self.skips(number, subject, sequence);
         match place.reader.feed.take(place.position, self.format, bytes_max, skips) {
-            Take::Passage(Passage { blocks, reached }) => {
-                self.places[number].position = reached;
-                return Some(blocks);
+            Take::Passage(passage) => {
+                self.places[number].position = passage.reached;
+                // Before it has once been at the end, what it takes was stored before it came.
+                let stored = passage.stored.filter(|_| matches!(self.standing, Standing::Live));
+                return Some(Passage { stored, ..passage });
             }
-            Take::Nothing => {}
-            Take::Behind if self.fetching.is_none() => self.fetching = Some(self.read_history(number)),
-            Take::Behind => {}
+            Take::Nothing => self.standing = Standing::Live,
+            Take::Behind => {
+                if !matches!(self.standing, Standing::Behind(_)) {
+                    self.standing = Standing::Behind(Counted::in_gauge(&self.hub.0.metrics.streams_behind));
+                }
+                if self.fetching.is_none() {
+                    self.fetching = Some(self.read_history(number));
+                }
+            }
             Take::Closed => self.fetching = Some(self.resume()),
         }
         None
     }
 
-    fn take_ahead(&mut self, number: usize) -> Vec<(u64, Block)> {
+    fn take_ahead(&mut self, number: usize) -> Passage {
         let bytes_max = self.hub.0.settings.write_bytes;
         let (mut blocks, mut bytes) = (vec![], 0);
         while let Some(passage) = self.places[number].ahead.front() {
@@ -286,7 +321,7 @@ impl Cursor {
         if place.ahead.is_empty() {
             place.position = place.position.max(place.ahead_proven);
         }
-        blocks
+        Passage { blocks, reached: place.position, stored: None }
     }
 
     /// Whether an event at one place has been handed over at another.
@@ -298,7 +333,12 @@ impl Cursor {
     /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
     fn frames(&self, number: usize, blocks: Vec<(u64, Block)>) -> Vec<Frame> {
         if self.places.len() == 1 {
-            let frame = |(sequence, block): (u64, Block)| Frame { sequence, id_line: Bytes::new(), block: block.bytes };
+            let frame = |(sequence, block): (u64, Block)| Frame {
+                sequence,
+                id_line: Bytes::new(),
+                block: block.bytes,
+                stored: None,
+            };
             return blocks.into_iter().map(frame).collect();
         }
         // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
@@ -310,7 +350,12 @@ impl Cursor {
             let this = (self.places[number].tag, sequence);
             let others = others().map(|place| (place.tag, place.position));
             let position = Position::new(self.epoch, base, others.chain([this]));
-            Frame { sequence, id_line: sse::id_line(&position), block: block.bytes.slice(block.id_bytes..) }
+            Frame {
+                sequence,
+                id_line: sse::id_line(&position),
+                block: block.bytes.slice(block.id_bytes..),
+                stored: None,
+            }
         };
         blocks.into_iter().map(frame).collect()
     }
@@ -374,7 +419,7 @@ impl Cursor {
     /// The gap from `requested` to where the client stands now.
     fn gap(&self, requested: &str, reason: GapReason) -> Frame {
         let block = self.hub.gap(requested, &self.position(), reason);
-        Frame { sequence: self.places[self.turn].position, id_line: Bytes::new(), block: block.bytes }
+        Frame { sequence: self.places[self.turn].position, id_line: Bytes::new(), block: block.bytes, stored: None }
     }
 
     fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {

@@ -310,8 +310,9 @@ impl Feed {
     fn hear(self: &Arc<Feed>, hub: &Hub, hints: impl Iterator<Item = Hint>) {
         let mut state = self.state();
         let before = state.log.proven();
-        let mut doubt = None;
+        let (mut doubt, mut heard) = (None, 0);
         for hint in hints {
+            heard += 1;
             match &mut state.repair {
                 Some(repair) => repair.keep(hint, &hub.0.settings.feed),
                 None => {
@@ -327,6 +328,7 @@ impl Feed {
             state.log.evict(&hub.0.settings.feed);
         }
         drop(state);
+        hub.0.metrics.events_received.inc_by(heard);
         if moved {
             self.wake_readers();
         }

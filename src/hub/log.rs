@@ -48,6 +48,8 @@ pub(super) struct Passage {
     pub blocks: Vec<(u64, Block)>,
     /// Everything up to here has been looked at.
     pub reached: u64,
+    /// When the last of them was stored.
+    pub stored: Option<Timestamp>,
 }
 
 /// Why, and how far, to read again.
@@ -131,7 +133,7 @@ impl Log {
         skips: impl Fn(&Subject, u64) -> bool,
     ) -> Passage {
         let next = self.after(position);
-        let (mut blocks, mut bytes, mut reached) = (vec![], 0, position);
+        let (mut blocks, mut bytes, mut reached, mut stored) = (vec![], 0, position, None);
         for entry in self.entries.range_mut(next..) {
             if entry.has_expired() || entry.subject().is_some_and(|subject| skips(subject, entry.sequence)) {
                 reached = entry.sequence;
@@ -143,9 +145,10 @@ impl Log {
             }
             bytes += block.bytes.len();
             reached = entry.sequence;
+            stored = entry.stored().or(stored);
             blocks.push((entry.sequence, block));
         }
-        Passage { blocks, reached }
+        Passage { blocks, reached, stored }
     }
 
     /// The index of the first entry after `position`.
@@ -172,6 +175,13 @@ impl Entry {
         match &self.content {
             Content::Event { event, .. } => event.expires.is_some_and(|at| at <= Timestamp::now()),
             Content::Gap(_) => false,
+        }
+    }
+
+    fn stored(&self) -> Option<Timestamp> {
+        match &self.content {
+            Content::Event { event, .. } => Some(event.time),
+            Content::Gap(_) => None,
         }
     }
 

@@ -157,7 +157,9 @@ impl Hub {
     async fn read_history(&self, read: Read) -> Result<Page, BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
         self.0.metrics.history_reads.inc();
-        self.0.broker.read(read).await
+        let page = self.0.broker.read(read).await?;
+        self.0.metrics.history_events.inc_by(page.events.len() as u64);
+        Ok(page)
     }
 
     /// The page after a place, read once for all clients that come for it at about the same time.
@@ -188,7 +190,9 @@ impl Hub {
     async fn read_snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
         self.0.metrics.history_reads.inc();
-        self.0.broker.snapshot(read).await
+        let page = self.0.broker.snapshot(read).await?;
+        self.0.metrics.history_events.inc_by(page.events.len() as u64);
+        Ok(page)
     }
 
     /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and

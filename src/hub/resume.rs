@@ -88,6 +88,7 @@ pub(super) async fn subscribe(
     start: Start,
     format: Format,
 ) -> Result<(Opening, Cursor), BrokerError> {
+    let resumes = start.last_event_id.is_some();
     let found = match start.last_event_id {
         None => begin(hub, filters, start.at).await?,
         Some(text) => match text.parse() {
@@ -102,6 +103,12 @@ pub(super) async fn subscribe(
         None if is_snapshot => Opening::Snapshot,
         None => Opening::Position(cursor.position()),
     };
+    let start = match opening {
+        Opening::Gap(_) => "gap",
+        Opening::Position(_) if resumes => "resumed",
+        Opening::Position(_) | Opening::Snapshot => "new",
+    };
+    hub.0.metrics.streams_opened.with_label_values(&[start]).inc();
     Ok((opening, cursor))
 }
 

@@ -152,6 +152,7 @@ pub(super) struct Known {
     changes: AtomicU64,
     /// What [`occasions`] were when the question was sent that `epoch` answers.
     epoch_as_of: AtomicU64,
+    round_trip_micros: AtomicU64,
 }
 
 impl Known {
@@ -164,6 +165,11 @@ impl Known {
     pub fn change(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
         self.doubt();
+    }
+
+    /// What the last question about the stream took.
+    pub fn round_trip(&self) -> Duration {
+        Duration::from_micros(self.round_trip_micros.load(Ordering::Relaxed))
     }
 
     pub fn trouble(&self) -> Option<String> {
@@ -212,6 +218,7 @@ impl Leader {
             doubts: watch::Sender::new(0),
             changes: AtomicU64::new(0),
             epoch_as_of: AtomicU64::new(occasions(&requests, 0)),
+            round_trip_micros: AtomicU64::new(0),
         });
         let rounds = Rounds::start({
             let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
@@ -219,7 +226,9 @@ impl Leader {
                 let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
                 async move {
                     let as_of = occasions(&requests, known.changes.load(Ordering::Acquire));
+                    let asked = Instant::now();
                     let answer = info_of(&requests, &stream).await.map(Arc::new);
+                    known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
                     known.learn(&answer, as_of);
                     answer
                 }

@@ -26,7 +26,7 @@ mod snapshot;
 mod start;
 mod stream;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
 
 use async_nats::{Client, connection::State};
 use async_trait::async_trait;
@@ -44,8 +44,8 @@ use self::{
     stream::Fitness,
 };
 use super::{
-    Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Page, Publication, Publish, PublishError,
-    Read, SnapshotPage, SnapshotRead,
+    Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Link, Page, Publication, Publish,
+    PublishError, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
     config,
@@ -132,6 +132,14 @@ impl Nats {
     }
 }
 
+impl Nats {
+    fn connections(&self) -> Vec<Client> {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = [&self.leader.requests().client, &self.history.batches.client];
+        shared.into_iter().chain(&*entries).cloned().collect()
+    }
+}
+
 fn describe(version: &str, at: &str, stream: &str, info: &leader::Info) -> String {
     let storage = info.config["storage"].as_str().unwrap_or("file");
     let replicas = match info.config["num_replicas"].as_u64().unwrap_or(1) {
@@ -196,6 +204,12 @@ impl Broker for Nats {
             (None, Some(misfit)) => Health::Unfit(format!("the stream {name} does not fit any more: {misfit}")),
             (None, None) => Health::Ready,
         }
+    }
+
+    fn link(&self) -> Link {
+        let connects = |client: &Client| client.statistics().connects.load(Ordering::Relaxed);
+        let connections = self.connections().iter().map(connects).sum();
+        Link { connections, round_trip: self.leader.known().round_trip() }
     }
 
     fn describe(&self) -> String {
