@@ -23,21 +23,21 @@ impl Nginx {
     /// The shipped edge of two gateways. Only addresses are changed.
     pub fn edge(gateways: [SocketAddr; 2]) -> Nginx {
         let (http, https) = (free_address(), free_address());
-        let shipped = fs::read_to_string(shipped_configuration()).expect("nginx/nginx.conf is there");
-        let mut configuration = shipped.clone();
-        for (from, to) in [
-            ("127.0.0.1:8080", gateways[0]),
-            ("127.0.0.1:8081", gateways[1]),
-            ("127.0.0.1:8000", http),
-            ("127.0.0.1:8443", https),
-        ] {
-            assert!(configuration.contains(from), "nginx.conf has no {from}");
-            configuration = configuration.replace(from, &to.to_string());
-        }
         let directory = scratch();
-        make_certificate(&shipped, &directory);
+        for (file, addresses) in [
+            ("nginx.conf", &[][..]),
+            ("gateways.conf", &[("127.0.0.1:8080", gateways[0]), ("127.0.0.1:8081", gateways[1])]),
+            ("listen.conf", &[("127.0.0.1:8000", http), ("127.0.0.1:8443", https)]),
+        ] {
+            let mut text = shipped(file);
+            for (from, to) in addresses {
+                assert!(text.contains(from), "{file} has no {from}");
+                text = text.replace(from, &to.to_string());
+            }
+            fs::write(directory.join("nginx").join(file), text).expect("a file can be written");
+        }
+        make_certificate(&directory);
         let mut nginx = Nginx { http, https, directory, child: None };
-        nginx.write(&configuration);
         nginx.start();
         nginx
     }
@@ -53,8 +53,8 @@ impl Nginx {
              uwsgi_temp_path run; scgi_temp_path run;\n\
              server {{ listen {http}; location / {{ return 200 ok; }} }} }}"
         );
+        fs::write(directory.join("nginx/nginx.conf"), configuration).expect("a file can be written");
         let mut nginx = Nginx { http, https: http, directory, child: None };
-        nginx.write(&configuration);
         nginx.start();
         nginx
     }
@@ -95,10 +95,6 @@ impl Nginx {
         assert!(sent.expect("there is a shell").success());
     }
 
-    fn write(&self, configuration: &str) {
-        fs::write(self.directory.join("nginx/nginx.conf"), configuration).expect("a file can be written");
-    }
-
     fn errors(&self) -> String {
         fs::read_to_string(self.directory.join("nginx/run/error.log")).unwrap_or_default()
     }
@@ -120,8 +116,9 @@ pub fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free")
 }
 
-fn shipped_configuration() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("nginx/nginx.conf")
+fn shipped(file: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("nginx").join(file);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 fn scratch() -> PathBuf {
@@ -133,7 +130,8 @@ fn scratch() -> PathBuf {
 }
 
 /// Runs the line that the configuration itself, and the README, name for it.
-fn make_certificate(configuration: &str, directory: &Path) {
+fn make_certificate(directory: &Path) {
+    let configuration = shipped("nginx.conf");
     let line = configuration.lines().find(|line| line.contains("openssl req")).expect("the line is there");
     let line = line.trim_start_matches(['#', ' ']);
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("a README");
