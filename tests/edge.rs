@@ -2,9 +2,10 @@
 
 mod support;
 
-use std::process::Command;
+use std::{process::Command, time::Instant};
 
 use support::{
+    PATIENCE,
     backend::Backend,
     browser::Browser,
     gateway::Gateway,
@@ -19,11 +20,19 @@ struct Edge {
     _broker: Backend,
 }
 
+/// Lets a test say which address it comes from.
+const PRETENDING: (&str, &str) =
+    ("include listen.conf;", "include listen.conf; set_real_ip_from 127.0.0.1; real_ip_header X-Pretended-Address;");
+
 impl Edge {
     fn start() -> Edge {
+        Edge::changed(&[])
+    }
+
+    fn changed(changes: &[(&str, &str)]) -> Edge {
         let broker = Backend::nats();
         let gateways = [broker.gateway().start(), broker.gateway().start()];
-        let nginx = Nginx::edge([gateways[0].address, gateways[1].address]);
+        let nginx = Nginx::changed_edge([gateways[0].address, gateways[1].address], changes);
         Edge { gateways, nginx, _broker: broker }
     }
 
@@ -196,4 +205,154 @@ fn streams_survive_a_reload_of_nginx() {
     edge.nginx.reload();
     edge.publish("through a new worker");
     assert_eq!(stream.next().data, "through a new worker");
+}
+
+#[test]
+fn who_asks_too_often_is_refused_and_an_event_source_told_to_retry() {
+    let edge = Edge::changed(&[PRETENDING, ("rate=50r/s", "rate=1r/m"), ("burst=500", "burst=2")]);
+    let from = |request: Request, address| edge.ask(request.header("X-Pretended-Address", address));
+    let post = || Request::post("/events/demo").body("x");
+    for _ in 0..3 {
+        assert_eq!(from(post(), "203.0.113.1").status, 201);
+    }
+
+    let response = from(post(), "203.0.113.1");
+    assert_eq!((response.status, response.json()["code"].as_str()), (429, Some("too_many_requests")));
+    assert_eq!(response.header("Content-Type"), Some("application/problem+json"));
+    assert!(response.header("Retry-After").is_some());
+    assert_told_to_retry(&from(event_source("/events/demo"), "203.0.113.1"));
+
+    assert_eq!(from(post(), "203.0.113.2").status, 201, "others are not refused");
+    for _ in 0..5 {
+        assert_eq!(edge.ask(post()).status, 201, "nor is a backend here");
+    }
+}
+
+#[test]
+fn open_streams_of_an_address_are_limited_and_an_ipv6_client_is_its_network() {
+    let edge = Edge::changed(&[PRETENDING, ("limit_conn                  open 1000", "limit_conn open 1")]);
+    let from = |address| event_source("/events/demo").header("X-Pretended-Address", address);
+    let _one = edge.stream(from("2001:db8:1:2::1"));
+    assert_told_to_retry(&edge.ask(from("2001:db8:1:2:ffff:a00:0:9")));
+    let curl = edge.ask(Request::get("/events/demo").header("X-Pretended-Address", "2001:db8:1:2::2"));
+    assert_eq!((curl.status, curl.json()["code"].as_str()), (429, Some("too_many_requests")));
+
+    // Another network; addresses with 0, line feed and quotes in their bytes; IPv4, also in IPv6 form.
+    let free = ["2001:db8:1:3::1", "2001::a0a:a0a", "::2", "2200:2227:5c0a::", "198.51.100.1", "::ffff:198.51.100.2"];
+    let _others = free.map(|address| edge.stream(from(address)));
+    for taken in ["::ffff:198.51.100.1", "198.51.100.2", "::3", "2200:2227:5c0a:0:1::"] {
+        assert_told_to_retry(&edge.ask(from(taken)));
+    }
+}
+
+fn assert_told_to_retry(response: &support::http::Response) {
+    assert_eq!((response.status, response.header("Content-Type")), (200, Some("text/event-stream")), "{response:?}");
+    assert!(response.text().starts_with("retry: ") && response.text().contains("this address"), "{response:?}");
+}
+
+#[test]
+fn tokens_are_in_nothing_that_nginx_writes() {
+    let mut edge = Edge::changed(&[PRETENDING, ("rate=50r/s", "rate=1r/m"), ("burst=500", "burst=1")]);
+    let secret = "s3cr3t-t0k3n";
+    let target = format!("/events/demo?_token={secret}");
+    let with_secret = |request: Request| {
+        let request = request.header("Authorization", format!("Bearer {secret}"));
+        request.header("Cookie", format!("token={secret}")).header("Referer", format!("https://x/?token={secret}"))
+    };
+    let limited = |request: Request| with_secret(request).header("X-Pretended-Address", "203.0.113.1");
+    let post = || Request::post("/events/demo?unknown=").body(secret);
+    drop(edge.stream(with_secret(Request::get(&target))));
+    for _ in 0..3 {
+        edge.ask(limited(post()));
+        edge.ask(limited(event_source(&format!("/events/a..b?_token={secret}"))));
+    }
+    let refused = |head: &str| {
+        let mut connection = Connection::open(edge.nginx.http);
+        connection.send_bytes(head);
+        connection.rest();
+    };
+    refused(&format!("GET {target} HTTP/9.9\r\n\r\n"));
+    refused(&format!("GET {target}&{} HTTP/1.1\r\nHost: x\r\n\r\n", "x".repeat(40_000)));
+    refused(&format!("GET {target} HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n"));
+    edge.gateways.iter_mut().for_each(Gateway::kill);
+    assert_eq!(edge.ask(with_secret(Request::get(&target))).status, 503);
+    assert_eq!(edge.ask(with_secret(event_source(&target))).status, 200);
+    assert_eq!(edge.ask(with_secret(Request::post(&target).body("x"))).status, 503);
+
+    assert_not_written(&edge.nginx, "POST /events/demo HTTP/1.1 503", secret);
+}
+
+#[test]
+fn tokens_are_not_written_when_nginx_has_no_connection_left() {
+    // Two for listening, one to its master, two for each stream, and one for somebody who can't be served.
+    let edge = Edge::changed(&[("worker_processes auto", "worker_processes 1"), ("65536", "8")]);
+    let secret = "s3cr3t-t0k3n";
+    let target = format!("/events/demo?_token={secret}");
+    let _streams = [edge.stream(&target), edge.stream(&target)];
+    let response = edge.ask(event_source(&target));
+    assert!(response.text().contains("no gateway can answer"), "{response:?}");
+
+    // That none was tried is how an operator learns of it.
+    assert_not_written(&edge.nginx, "upstream= status=- sent=0", secret);
+}
+
+/// Once the last request is logged, which is only after its answer.
+fn assert_not_written(nginx: &Nginx, last: &str, secret: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while !nginx.written().iter().any(|(_, text)| text.contains(last)) {
+        assert!(Instant::now() < deadline, "{last} is not logged");
+        std::thread::yield_now();
+    }
+    for (path, text) in nginx.written() {
+        let line = text.lines().find(|line| line.contains(secret));
+        assert_eq!(line, None, "{}", path.display());
+    }
+}
+
+#[test]
+fn who_sends_a_head_slowly_or_never_begins_is_cut() {
+    let edge = Edge::changed(&[("client_header_timeout       10s", "client_header_timeout 1s")]);
+    let mut slow = Connection::open(edge.nginx.http);
+    slow.send_bytes("GET /events/demo HTTP/1.1\r\nHost: x\r\nX-Slow: ");
+    let mut silent = Connection::open(edge.nginx.https);
+    slow.rest();
+    silent.rest();
+}
+
+#[test]
+fn old_ciphers_are_refused() {
+    let edge = Edge::start();
+    let offers = |cipher: &str| {
+        let tried = Command::new("openssl")
+            .args(["s_client", "-tls1_2", "-cipher", cipher, "-connect", &edge.nginx.https.to_string()])
+            .stdin(std::process::Stdio::null())
+            .output();
+        tried.expect("openssl is installed").status.success()
+    };
+    assert!(offers("ECDHE-ECDSA-AES128-GCM-SHA256"));
+    assert!(!offers("ECDHE-ECDSA-AES128-SHA256"), "no CBC");
+    assert!(!offers("ECDHE-ECDSA-AES256-SHA"));
+}
+
+#[test]
+fn who_sends_a_body_slowly_is_cut_by_the_gateway() {
+    let broker = Backend::embedded();
+    let gateway = broker.gateway().with("limits.body_pause", "1s").start();
+    let nginx = Nginx::edge([gateway.address, gateway.address]);
+    let mut slow = Connection::open(nginx.http);
+    slow.send(Request::post("/events/demo").announce(10));
+    slow.send_bytes("half");
+    let response = slow.response();
+    assert_eq!((response.status, response.json()["code"].as_str()), (408, Some("body_timeout")));
+}
+
+#[test]
+fn long_heads_pass_and_endless_ones_do_not() {
+    let edge = Edge::start();
+    edge.publish("hello");
+    let of = |bytes| format!("/events/demo?from=first&_={}", "x".repeat(bytes));
+    assert_eq!(edge.stream(Request::get(of(30_000)).header("Cookie", "x".repeat(30_000))).next().data, "hello");
+    assert_eq!(edge.ask(of(40_000)).status, 414);
+    let endless = (0..5).fold(Request::get("/events/demo"), |request, _| request.header("X-More", "x".repeat(30_000)));
+    assert_eq!(edge.ask(endless).status, 400);
 }

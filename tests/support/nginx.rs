@@ -22,17 +22,23 @@ pub struct Nginx {
 impl Nginx {
     /// The shipped edge of two gateways. Only addresses are changed.
     pub fn edge(gateways: [SocketAddr; 2]) -> Nginx {
+        Nginx::changed_edge(gateways, &[])
+    }
+
+    /// The same with other words in place of some of its own: for limits that a test can't wait for or fill.
+    pub fn changed_edge(gateways: [SocketAddr; 2], changes: &[(&str, &str)]) -> Nginx {
         let (http, https) = (free_address(), free_address());
         let directory = scratch();
-        for (file, addresses) in [
-            ("nginx.conf", &[][..]),
-            ("gateways.conf", &[("127.0.0.1:8080", gateways[0]), ("127.0.0.1:8081", gateways[1])]),
-            ("listen.conf", &[("127.0.0.1:8000", http), ("127.0.0.1:8443", https)]),
+        let [one, two, http_port, https_port] = [gateways[0], gateways[1], http, https].map(|at| at.to_string());
+        for (file, changes) in [
+            ("nginx.conf", changes),
+            ("gateways.conf", &[("127.0.0.1:8080", &one), ("127.0.0.1:8081", &two)]),
+            ("listen.conf", &[("127.0.0.1:8000", &http_port), ("127.0.0.1:8443", &https_port)]),
         ] {
             let mut text = shipped(file);
-            for (from, to) in addresses {
+            for (from, to) in changes {
                 assert!(text.contains(from), "{file} has no {from}");
-                text = text.replace(from, &to.to_string());
+                text = text.replace(from, to);
             }
             fs::write(directory.join("nginx").join(file), text).expect("a file can be written");
         }
@@ -61,6 +67,13 @@ impl Nginx {
 
     pub fn access_log(&self) -> PathBuf {
         self.directory.join("nginx/run/access.log")
+    }
+
+    /// Everything that it has written, its name and what it says.
+    pub fn written(&self) -> Vec<(PathBuf, String)> {
+        let entries = fs::read_dir(self.directory.join("nginx/run")).expect("it writes there");
+        let read = |path: PathBuf| fs::read(&path).map(|bytes| (path, String::from_utf8_lossy(&bytes).into_owned()));
+        entries.filter_map(|entry| read(entry.expect("a directory can be read").path()).ok()).collect()
     }
 
     pub fn certificate(&self) -> PathBuf {
