@@ -4,7 +4,7 @@
 mod nats_server;
 
 use std::{
-    io::{Read as _, Write},
+    io::{BufRead, BufReader, Read as _, Write},
     net::{TcpListener, TcpStream},
     sync::Arc,
     time::Duration,
@@ -167,7 +167,7 @@ async fn names_and_prefixes_are_those_of_the_settings() {
     assert_eq!((&info["config"]["subjects"], &info["state"]["messages"]), (&json!(["x.y.>"]), &json!(1)));
 }
 
-// The gateway's user.
+// The shipped users.
 
 const CONFIGURATION: &str = include_str!("../nats/nats-server.conf");
 
@@ -185,6 +185,117 @@ async fn every_permission_of_the_shipped_user_is_needed() {
         let without = format!("{}user: publisher{others}", gateway.replace(permission, ""));
         assert!(work(&NatsServer::configured(&without)).await.is_err(), "not needed: {permission}");
     }
+}
+
+#[tokio::test]
+async fn what_the_shipped_gateway_may_not_do_it_cannot() {
+    let server = NatsServer::configured(CONFIGURATION);
+    let broker = connect(&server.settings_as("gateway:change-me-gateway@")).await;
+    broker.publish(on("a")).await.unwrap().await.unwrap();
+    let mut gateway = Wire::open(&server, "gateway", "change-me-gateway");
+
+    gateway.may(&["events.b"], &["live.events.>", "_INBOX_tidegate.x", "$JS.EVENT.ADVISORY.STREAM.*.EVENTS"]);
+    gateway.may_not(&THE_OPERATORS, &["events.>", "live.>", "$JS.EVENT.>", "_INBOX_publisher.>"]);
+    gateway.may_not(&["$JS.API.STREAM.INFO.OTHER", "$JS.API.STREAM.CREATE.OTHER", "$JS.API.DIRECT.GET.OTHER"], &[]);
+    gateway.may_not(&["_INBOX_tidegate.x", "_INBOX.x", "eventsx"], &[]);
+
+    let info = Operator::of(&server, "operator:change-me-operator@").await.ask("STREAM.INFO.EVENTS", Value::Null).await;
+    assert_eq!((&info["state"]["messages"], &info["state"]["consumer_count"]), (&json!(2), &json!(0)));
+}
+
+#[tokio::test]
+async fn what_the_shipped_publisher_may_not_do_it_cannot() {
+    let server = NatsServer::configured(CONFIGURATION);
+    connect(&server.settings_as("gateway:change-me-gateway@")).await;
+    let mut publisher = Wire::open(&server, "publisher", "change-me-publisher");
+
+    publisher.may(&["events.b"], &["_INBOX_publisher.x"]);
+    publisher.may_not(&THE_OPERATORS, &["events.>", "live.events.>", "_INBOX_tidegate.>"]);
+    publisher
+        .may_not(&["$JS.API.STREAM.INFO.EVENTS", "$JS.API.STREAM.MSG.GET.EVENTS", "$JS.API.DIRECT.GET.EVENTS"], &[]);
+    publisher.may_not(&["$JS.API.STREAM.CREATE.EVENTS", "$JS.API.STREAM.UPDATE.EVENTS", "_INBOX_tidegate.x"], &[]);
+}
+
+#[tokio::test]
+async fn a_publisher_is_told_that_its_event_is_stored() {
+    let server = NatsServer::configured(CONFIGURATION);
+    connect(&server.settings_as("gateway:change-me-gateway@")).await;
+    let options = async_nats::ConnectOptions::with_user_and_password("publisher".into(), "change-me-publisher".into());
+    let publisher = options.custom_inbox_prefix("_INBOX_publisher").connect(server.address()).await.unwrap();
+
+    let answer = publisher.request("events.a", "hello".into()).await.unwrap();
+
+    let answer: Value = serde_json::from_slice(&answer.payload).unwrap();
+    assert_eq!((&answer["stream"], &answer["seq"]), (&json!("EVENTS"), &json!(1)));
+}
+
+/// What neither a gateway nor a publisher may publish; nor may they subscribe to `>`, to `$SYS`, or to people's inboxes.
+const THE_OPERATORS: [&str; 16] = [
+    "$JS.API.STREAM.DELETE.EVENTS",
+    "$JS.API.STREAM.PURGE.EVENTS",
+    "$JS.API.STREAM.MSG.DELETE.EVENTS",
+    "$JS.API.STREAM.SNAPSHOT.EVENTS",
+    "$JS.API.STREAM.RESTORE.EVENTS",
+    "$JS.API.STREAM.PEER.REMOVE.EVENTS",
+    "$JS.API.STREAM.LEADER.STEPDOWN.EVENTS",
+    "$JS.API.STREAM.LIST",
+    "$JS.API.INFO",
+    "$JS.API.CONSUMER.CREATE.EVENTS",
+    "$JS.API.CONSUMER.CREATE.EVENTS.mine.events.a",
+    "$JS.API.CONSUMER.DURABLE.CREATE.EVENTS.mine",
+    "$JS.API.CONSUMER.MSG.NEXT.EVENTS.mine",
+    "$SYS.REQ.SERVER.PING",
+    "live.events.a",
+    "elsewhere",
+];
+
+/// A user who speaks to the server directly, and hears of each refusal before the next word.
+struct Wire {
+    socket: BufReader<TcpStream>,
+}
+
+impl Wire {
+    fn open(server: &NatsServer, user: &str, password: &str) -> Wire {
+        let mut socket = BufReader::new(TcpStream::connect(server.address()).unwrap());
+        socket.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        let connect = json!({ "user": user, "pass": password, "verbose": false, "protocol": 1 });
+        write!(socket.get_mut(), "CONNECT {connect}\r\n").unwrap();
+        let mut wire = Wire { socket };
+        assert_eq!(wire.refusal(""), None);
+        wire
+    }
+
+    fn may(&mut self, publish: &[&str], subscribe: &[&str]) {
+        for (words, subject) in said(publish, subscribe) {
+            assert_eq!(self.refusal(&words), None, "{subject}");
+        }
+    }
+
+    fn may_not(&mut self, publish: &[&str], subscribe: &[&str]) {
+        let subscribe = [subscribe, &[">", "$SYS.>", "_INBOX.>", "$JS.API.>"]].concat();
+        for (words, subject) in said(publish, &subscribe) {
+            let refusal = self.refusal(&words).unwrap_or_else(|| panic!("{subject} is allowed"));
+            assert!(refusal.contains("Permissions Violation") && refusal.contains(subject), "{subject}: {refusal}");
+        }
+    }
+
+    /// What the server has against these words: it answers in order.
+    fn refusal(&mut self, words: &str) -> Option<String> {
+        write!(self.socket.get_mut(), "{words}PING\r\n").unwrap();
+        let lines = std::iter::repeat_with(|| {
+            let mut line = String::new();
+            assert!(self.socket.read_line(&mut line).unwrap() > 0, "the server has closed: {words}");
+            line
+        });
+        let before: Vec<_> = lines.take_while(|line| line != "PONG\r\n").collect();
+        before.into_iter().find(|line| line.starts_with("-ERR"))
+    }
+}
+
+/// The protocol's words for publishing nothing to these subjects, and for subscribing to those.
+fn said<'a>(publish: &[&'a str], subscribe: &[&'a str]) -> Vec<(String, &'a str)> {
+    let published = publish.iter().map(|subject| (format!("PUB {subject} 0\r\n\r\n"), *subject));
+    published.chain(subscribe.iter().map(|subject| (format!("SUB {subject} 1\r\n"), *subject))).collect()
 }
 
 /// All that a gateway does, as the shipped user.
