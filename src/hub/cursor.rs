@@ -363,6 +363,8 @@ impl Cursor {
     /// Waits until there may be something to take, or what is being fetched has arrived.
     async fn wait(&mut self) -> Option<Fetched> {
         match (&mut self.fetching, &mut *self.places) {
+            // Nothing is looked at, and so no move is seen, before a snapshot is over.
+            (Some(fetching), _) if self.snapshot.is_some() => Some(fetching.await),
             (Some(fetching), [_]) => Some(fetching.await),
             (None, [only]) => {
                 only.moved().await;
