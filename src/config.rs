@@ -1,6 +1,8 @@
 //! Settings: defaults, file, environment and flags, in rising order of strength, turned once into the values that the
 //! rest uses. After [`Config::load`] nothing is checked again.
 
+mod auth;
+
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use figment::{
@@ -8,6 +10,10 @@ use figment::{
     providers::{Env, Format, Serialized, Toml},
 };
 use serde::{Deserialize, Deserializer, de};
+
+pub use self::auth::{ApiKey, Auth, AuthMode, Jwt, Policy, Rights, Secret};
+
+const SECRET_VARIABLE: &str = "TIDEGATE_AUTH__JWT__SECRET";
 
 /// Every key with its default, its unit and a line of why; also the documentation of the configuration file.
 pub const DEFAULTS: &str = include_str!("config.default.toml");
@@ -18,6 +24,7 @@ pub struct Config {
     pub listen: SocketAddr,
     pub admin_listen: SocketAddr,
     pub log: Log,
+    pub auth: Auth,
     pub sse: Sse,
     pub feed: Feed,
     pub history: History,
@@ -174,7 +181,12 @@ impl Config {
             }
             layers = layers.merge(Toml::file_exact(file));
         }
-        layers = layers.merge(Env::prefixed("TIDEGATE_").ignore(&["config"]).split("__"));
+        let secret = std::env::var(SECRET_VARIABLE).ok();
+        layers = layers.merge(Env::prefixed("TIDEGATE_").ignore(&["config", "auth__jwt__secret"]).split("__"));
+        if let Some(secret) = secret {
+            // Taken as it is: read as a value, one of digits would be a number, and then stand in an error.
+            layers = layers.merge(Serialized::default("auth.jwt.secret", secret));
+        }
         for (key, value) in flags {
             layers = layers.merge(Serialized::default(key, value));
         }
@@ -197,6 +209,7 @@ impl Config {
         if stream.name.is_empty() || !stream.name.chars().all(name_fits) {
             return rule(format!("nats.stream.name is {:?}, but is made of A-Z a-z 0-9 - _", stream.name));
         }
+        self.auth.check()?;
         if self.limits.line_bytes < self.limits.event_bytes {
             return rule("limits.line_bytes is less than limits.event_bytes: a line holds a whole event".into());
         }
@@ -213,6 +226,16 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::E
     let text = String::deserialize(deserializer)?;
     parse_duration(&text)
         .ok_or_else(|| de::Error::custom(format!("{text:?} is no time such as \"15s\", \"10m\" or \"7d\"")))
+}
+
+/// The same, or `"0s"`: not at all.
+fn duration_or_zero<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match &*text {
+        "0s" => Ok(Duration::ZERO),
+        text => parse_duration(text)
+            .ok_or_else(|| de::Error::custom(format!("{text:?} is no time such as \"0s\", \"15s\" or \"10m\""))),
+    }
 }
 
 /// Parses a whole positive number with a unit: `ms`, `s`, `m`, `h` or `d`.
@@ -254,6 +277,13 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_is_never_shown() {
+        let config = Config::load(None, vec![("auth.jwt.secret", "correct horse battery staple".into())]).unwrap();
+        assert_eq!(config.auth.jwt.secret.expose(), b"correct horse battery staple");
+        assert!(!format!("{config:?}").contains("horse"));
+    }
+
+    #[test]
     fn what_cannot_be_used_is_refused_and_named() {
         for (key, value, said) in [
             ("sse.heartbeat", "15", "no time such as"),
@@ -262,6 +292,8 @@ mod tests {
             ("nats.stream.live_prefix", "events.live.", "would be a cycle"),
             ("nats.stream.name", "a.b", "is made of"),
             ("nats.strem.name", "a", "unknown field"),
+            ("auth.cookie", "a=b", "no cookie's name"),
+            ("auth.jwt.leeway", "1h", "more than"),
         ] {
             let error = Config::load(None, vec![(key, value.into())]).unwrap_err().to_string();
             assert!(error.contains(said), "{key} = {value}: {error}");

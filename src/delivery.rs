@@ -53,6 +53,7 @@ struct Shared {
     slots: Arc<Semaphore>,
     sse: config::Sse,
     stall: Duration,
+    expiry_warning: Duration,
     drain: config::Drain,
     draining: CancellationToken,
     metrics: Arc<Metrics>,
@@ -77,6 +78,10 @@ enum End {
     Drained,
     /// Drained while its client did not read: within a frame, after which nothing may be written.
     Cut,
+    /// The client's token has expired.
+    Expired,
+    /// So it has, while the client did not read.
+    ExpiredUnread,
 }
 
 impl Deliveries {
@@ -86,6 +91,7 @@ impl Deliveries {
             slots: Arc::new(Semaphore::new(config.limits.streams.min(Semaphore::MAX_PERMITS))),
             sse: config.sse.clone(),
             stall: config.limits.stall,
+            expiry_warning: config.auth.jwt.expiry_warning,
             drain: config.drain.clone(),
             draining: CancellationToken::new(),
             metrics,
@@ -113,11 +119,18 @@ impl Deliveries {
 }
 
 impl Admission {
-    /// Delivers what `cursor` yields to `socket` until one of the two, or this node, ends.
+    /// Delivers what `cursor` yields to `socket` until one of the two, or this node, ends, or the client's right to it
+    /// `expires`.
     ///
     /// # Errors
     /// When the socket can't be taken over by this runtime.
-    pub fn deliver(self, socket: StdTcpStream, opening: Opening, cursor: Cursor) -> io::Result<()> {
+    pub fn deliver(
+        self,
+        socket: StdTcpStream,
+        opening: Opening,
+        cursor: Cursor,
+        expires: Option<Timestamp>,
+    ) -> io::Result<()> {
         let Admission { deliveries, slot } = self;
         // The latency of the last piece of a burst is worth more than full packets.
         socket.set_nodelay(true)?;
@@ -129,7 +142,8 @@ impl Admission {
         };
         let opening = opening_bytes(opening, deliveries.retry());
         // Used where it stands, and all that is rare is boxed: this future is what an idle client costs.
-        let mut delivery = Delivery { socket, cursor, deliveries: deliveries.0, opening, unasked_bytes: 0 };
+        let expiry = expires.map(|expires| Box::new(Expiry::new(expires, deliveries.0.expiry_warning)));
+        let mut delivery = Delivery { socket, cursor, deliveries: deliveries.0, opening, unasked_bytes: 0, expiry };
         tasks.spawn_uncut(async move {
             delivery.deliveries.metrics.streams.inc();
             let end = delivery.run().await;
@@ -164,6 +178,28 @@ struct Delivery {
     /// Empty once it has been written.
     opening: Bytes,
     unasked_bytes: usize,
+    expiry: Option<Box<Expiry>>,
+}
+
+/// The end of a client's right to its stream, where that has one.
+struct Expiry {
+    expires: Timestamp,
+    warn_at: Instant,
+    at: Instant,
+    warned: bool,
+}
+
+impl Expiry {
+    fn new(expires: Timestamp, warning: Duration) -> Expiry {
+        let now = Instant::now();
+        let left = Duration::try_from(expires.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
+        Expiry { expires, warn_at: now + left.saturating_sub(warning), at: now + left, warned: warning.is_zero() }
+    }
+
+    /// When there is something to do about it.
+    fn next(&self) -> Instant {
+        if self.warned { self.at } else { self.warn_at }
+    }
 }
 
 /// What a delivery waits for.
@@ -178,20 +214,31 @@ impl Delivery {
     async fn run(&mut self) -> End {
         match self.stream().await {
             Ok(never) => match never {},
-            Err(End::Drained) => {
-                let retry = Deliveries(self.deliveries.clone()).retry();
-                let farewell = sse::farewell(retry, "this node is going away, please reconnect");
-                let _ = self.socket.try_write(&farewell);
-                End::Drained
+            Err(end) => {
+                match end {
+                    End::Drained => self.say_farewell("this node is going away, please reconnect"),
+                    End::Expired => self.say_farewell("the token has expired, please reconnect with a fresh one"),
+                    End::ClientClosed
+                    | End::ClientGone
+                    | End::Stalled
+                    | End::WriteFailed
+                    | End::Cut
+                    | End::ExpiredUnread => {}
+                }
+                end
             }
-            Err(end) => end,
         }
+    }
+
+    fn say_farewell(&self, why: &str) {
+        let retry = Deliveries(self.deliveries.clone()).retry();
+        let _ = self.socket.try_write(&sse::farewell(retry, why));
     }
 
     async fn stream(&mut self) -> Result<std::convert::Infallible, End> {
         let heartbeat = self.deliveries.sse.heartbeat;
-        // Once the node drains, the moment at which this stream ends.
-        let beat = tokio::time::sleep(jittered(heartbeat));
+        // Also the moment of what is due about the client's token; once the node drains, of this stream's end.
+        let beat = tokio::time::sleep_until(self.beat_after(jittered(heartbeat)));
         tokio::pin!(beat);
         let draining = self.deliveries.draining.clone().cancelled_owned();
         tokio::pin!(draining);
@@ -217,6 +264,10 @@ impl Delivery {
                 }
                 Next::Closed(end) => return Err(end),
                 Next::Beat if ends => return Err(End::Drained),
+                Next::Beat if self.expiry.as_ref().is_some_and(|expiry| expiry.next() <= Instant::now()) => {
+                    Box::pin(self.expire()).await?;
+                    beat.as_mut().reset(self.beat_after(jittered(heartbeat)));
+                }
                 Next::Beat => {
                     // Re-armed here and not at every write, which would cost each event a turn of the timer.
                     self.check_peer()?;
@@ -231,15 +282,31 @@ impl Delivery {
                         };
                         self.write_all(block).await?;
                     }
-                    beat.as_mut().reset(Instant::now() + next);
+                    beat.as_mut().reset(self.beat_after(next));
                 }
                 Next::Draining => {
                     ends = true;
                     let moment = self.deliveries.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
-                    beat.as_mut().reset(Instant::now() + moment);
+                    beat.as_mut().reset(self.beat_after(moment));
                 }
             }
         }
+    }
+
+    /// The next beat: after this time, or when something is due about the client's token.
+    fn beat_after(&self, time: Duration) -> Instant {
+        let at = Instant::now() + time;
+        self.expiry.as_ref().map_or(at, |expiry| at.min(expiry.next()))
+    }
+
+    /// Warns of the token's end, or ends the stream at it.
+    async fn expire(&mut self) -> Result<(), End> {
+        let Some(expiry) = &mut self.expiry else { return Ok(()) };
+        if std::mem::replace(&mut expiry.warned, true) {
+            return Err(End::Expired);
+        }
+        let warning = sse::token_expiring(expiry.expires);
+        self.write_all(warning).await
     }
 
     /// Writes frames as the socket has room. When it has none for a while, what was not begun goes back to the cursor.
@@ -318,12 +385,16 @@ impl Delivery {
     async fn room(&mut self) -> Result<(), End> {
         let stalled_at = Instant::now() + self.deliveries.stall;
         let heartbeat = self.deliveries.sse.heartbeat;
+        let expires_at = self.expiry.as_ref().map(|expiry| expiry.at);
         loop {
             tokio::select! {
                 writable = self.socket.writable() => return writable.map_err(|_| End::WriteFailed),
                 closed = closed(&self.socket, &mut self.unasked_bytes) => return Err(closed),
                 () = tokio::time::sleep_until(stalled_at) => return Err(End::Stalled),
                 () = tokio::time::sleep(heartbeat) => self.check_peer()?,
+                () = tokio::time::sleep_until(expires_at.unwrap_or(stalled_at)), if expires_at.is_some() => {
+                    return Err(End::ExpiredUnread);
+                }
                 () = self.deliveries.draining.cancelled() => {
                     // It may not read again within the time that is left. What it lacks it will ask for.
                     let moment = self.deliveries.drain.spread;
@@ -401,6 +472,7 @@ impl End {
             End::WriteFailed => "write-failed",
             End::Drained => "drained",
             End::Cut => "cut",
+            End::Expired | End::ExpiredUnread => "token-expired",
         }
     }
 }

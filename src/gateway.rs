@@ -11,6 +11,7 @@ use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    auth::{self, Auth},
     broker::{SharedBroker, embedded::Embedded, nats::Nats},
     config::Config,
     delivery::Deliveries,
@@ -29,6 +30,10 @@ pub struct Gateway {
     pub admin_listen: SocketAddr,
     /// One line for people about the broker.
     pub broker: String,
+    /// One line for people about who is let in, and whether that is everybody.
+    pub access: String,
+    pub is_open: bool,
+    auth_tasks: Tasks,
     config: Config,
     deliveries: Deliveries,
     draining: CancellationToken,
@@ -42,6 +47,8 @@ pub enum StartError {
     #[error("can't listen on {address} ({key}): {source}")]
     Listen { key: &'static str, address: SocketAddr, source: io::Error },
     #[error(transparent)]
+    Auth(#[from] auth::StartError),
+    #[error(transparent)]
     Nats(#[from] crate::broker::nats::StartError),
     #[error("the HTTP server did not start: {0}")]
     Server(io::Error),
@@ -54,6 +61,9 @@ impl Gateway {
     /// # Errors
     /// When an address is taken, or the broker can't be used as it is.
     pub async fn start(config: Config) -> Result<Gateway, StartError> {
+        let metrics = Arc::new(Metrics::new());
+        let auth_tasks = Tasks::new(Handle::current());
+        let auth = Auth::start(&config.auth, config.listen, metrics.clone(), &auth_tasks).await?;
         let public = bind("listen", config.listen)?;
         let admin = bind("admin_listen", config.admin_listen)?;
         let broker: SharedBroker = if config.nats.url.is_empty() {
@@ -61,7 +71,6 @@ impl Gateway {
         } else {
             Arc::new(Nats::connect(&config.nats, &config.history, config.limits.event_bytes).await?)
         };
-        let metrics = Arc::new(Metrics::new());
         let hub_tasks = Tasks::new(Handle::current());
         let settings = hub::Settings {
             feed: config.feed.clone(),
@@ -75,7 +84,9 @@ impl Gateway {
         let draining = CancellationToken::new();
         let deliveries = Deliveries::new(&config, metrics.clone(), Tasks::new(Handle::current()));
         let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
+        let (access, is_open) = (auth.describe(), auth.is_open());
         let app = http::App {
+            auth,
             hub,
             broker: broker.clone(),
             publisher: broker.clone(),
@@ -90,6 +101,9 @@ impl Gateway {
             listen,
             admin_listen,
             broker: broker.describe(),
+            access,
+            is_open,
+            auth_tasks,
             config,
             deliveries,
             draining,
@@ -111,6 +125,7 @@ impl Gateway {
         }
         self.servers.admin.stop(false).await;
         self.hub_tasks.end().await;
+        self.auth_tasks.end().await;
     }
 }
 

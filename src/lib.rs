@@ -7,15 +7,16 @@
 //! # The way of an event
 //!
 //! ```text
-//! publish:    http::publish, http::batch -> broker
-//! subscribe:  http::subscribe -> hub: Cursor <- Feed <- broker (live hints, history)
-//!                   \-> http::connection: the socket leaves the HTTP server -> delivery
+//! publish:    http::publish, http::batch -> auth -> broker
+//! subscribe:  http::subscribe -> auth -> hub: Cursor <- Feed <- broker (live hints, history)
+//!                     \-> http::connection: the socket leaves the HTTP server -> delivery
 //! ```
 //!
 //! | module | is for | uses |
 //! |---|---|---|
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
-//! | [`http`] | the URL space, requests and problems; hands sockets over | delivery, hub, broker, sse |
+//! | [`http`] | the URL space, requests and problems; hands sockets over | auth, delivery, hub, broker, sse |
+//! | [`auth`] | who somebody is, and what they may do | subject |
 //! | [`delivery`] | the lean task that writes one stream to one socket | hub, sse |
 //! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
 //! | [`broker`] | the one trait, and its two implementations | event |
@@ -35,12 +36,15 @@
 //! - *Every frame's id says "everything up to here"*, so that a connection may die after any byte.
 //! - *An event is encoded once* for each format, however many clients get it.
 //! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
+//! - *Refused unseen*: what somebody may not do is decided from names alone, before anything is looked up; a bad token
+//!   is never taken for none.
 //! - *Bounded*: every queue, cache and wait has a limit with a name.
 //!
 //! # Walkthrough: a publish
 //!
-//! `POST /events/demo` arrives at `http::publish`, which parses everything before it reads the body: from there on a
-//! [`subject::Subject`] is one. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
+//! `POST /events/demo` arrives at `http::publish`. `http::who` finds the token, [`auth::Auth::identify`] makes a
+//! [`auth::Principal`] of it, and everything else is parsed and held against that before the body is read: from there on
+//! a [`subject::Subject`] is one, and allowed. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
 //! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that
 //! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from U to see what it has
 //! missed. Each reader's [`hub::Cursor`] takes the frame, and its `delivery` task writes it.
@@ -52,6 +56,7 @@
 //! has what follows, the cursor takes it from there; else it reads pages of history until it is inside the log. If the
 //! stream has dropped what follows 1042, a page says so by its `first`, and the client is told a `tidegate.gap`.
 
+pub mod auth;
 pub mod broker;
 pub mod config;
 pub mod delivery;

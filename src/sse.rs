@@ -9,6 +9,7 @@ use std::{fmt::Display, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::event::{Epoch, Event, EventId};
@@ -95,6 +96,11 @@ pub fn opening(retry: Duration, position: Option<&dyn Display>) -> Bytes {
         Some(id) => format!("retry: {}\nid: {id}\n\n", retry.as_millis()).into(),
         None => format!("retry: {}\n\n", retry.as_millis()).into(),
     }
+}
+
+/// The block that warns of a token's end. Without an id: the reader stays where it is.
+pub fn token_expiring(expires: Timestamp) -> Bytes {
+    format!("event: tidegate.token-expiring\ndata: {{\"expires\":\"{expires}\"}}\n\n").into()
 }
 
 /// The last bytes of a stream that the gateway ends by its own will, or the only ones of one that it refuses for now.

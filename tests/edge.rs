@@ -8,7 +8,7 @@ use support::{
     PATIENCE,
     backend::Backend,
     browser::Browser,
-    gateway::Gateway,
+    gateway::{Gateway, Launch},
     http::{Connection, Request},
     nginx::Nginx,
     sse::EventStream,
@@ -31,7 +31,7 @@ impl Edge {
 
     fn changed(changes: &[(&str, &str)]) -> Edge {
         let broker = Backend::nats();
-        let gateways = [broker.gateway().start(), broker.gateway().start()];
+        let gateways = [gateway(&broker).start(), gateway(&broker).start()];
         let nginx = Nginx::changed_edge([gateways[0].address, gateways[1].address], changes);
         Edge { gateways, nginx, _broker: broker }
     }
@@ -50,6 +50,11 @@ impl Edge {
         let response = self.ask(Request::post("/events/demo").body(payload));
         assert_eq!(response.status, 201, "{response:?}");
     }
+}
+
+/// Behind a proxy everybody is somebody from elsewhere.
+fn gateway(broker: &Backend) -> Launch {
+    broker.gateway().with("auth.mode", "open")
 }
 
 fn event_source(target: &str) -> Request {
@@ -111,9 +116,9 @@ fn a_stream_goes_on_at_the_other_gateway() {
 #[test]
 fn a_gateway_that_refuses_is_passed_over() {
     let broker = Backend::nats();
-    let full = broker.gateway().with("limits.streams", "1").start();
+    let full = gateway(&broker).with("limits.streams", "1").start();
     let _only = full.stream("/events/demo");
-    let free = broker.gateway().start();
+    let free = gateway(&broker).start();
     let nginx = Nginx::edge([full.address, free.address]);
     let streams: Vec<_> =
         (0..4).map(|_| EventStream::open(Connection::open(nginx.http), event_source("/events/demo"))).collect();

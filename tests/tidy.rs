@@ -11,9 +11,10 @@ use tidegate::{http::error::Code, metrics::Metrics};
 
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["gateway", "config"]),
-    ("gateway", &["http", "delivery", "hub", "broker", "metrics", "shutdown", "config"]),
-    ("http", &["delivery", "hub", "broker", "sse", "event", "subject", "metrics", "config"]),
+    ("main", &["gateway", "auth", "config", "subject"]),
+    ("gateway", &["http", "auth", "delivery", "hub", "broker", "metrics", "shutdown", "config"]),
+    ("http", &["auth", "delivery", "hub", "broker", "sse", "event", "subject", "metrics", "config"]),
+    ("auth", &["subject", "metrics", "shutdown", "config"]),
     ("delivery", &["hub", "sse", "metrics", "shutdown", "config"]),
     ("hub", &["broker", "sse", "position", "event", "subject", "metrics", "shutdown", "config"]),
     ("position", &["event", "subject"]),
@@ -31,6 +32,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const OWNED: &[(&str, &[&str])] = &[
     ("actix_", &["http", "gateway"]),
     ("async_nats", &["broker/nats"]),
+    ("jsonwebtoken", &["auth"]),
+    ("ureq", &["auth/jwks"]),
+    ("subtle", &["auth"]),
     ("prometheus", &["metrics"]),
     ("figment", &["config"]),
     ("clap", &["main"]),

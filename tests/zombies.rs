@@ -9,7 +9,8 @@ use support::{backend::Backend, http::Request, sse::EventStream, wire::Wire};
 #[test]
 fn a_client_that_vanishes_without_a_word_is_let_go() {
     let Some(mut wire) = Wire::lay() else { return };
-    let gateway = Backend::embedded().gateway().at(wire.address()).with("sse.heartbeat", "400ms").start();
+    let launch = Backend::embedded().gateway().at(wire.address()).with("auth.mode", "open");
+    let gateway = launch.with("sse.heartbeat", "400ms").start();
     wire.read(&format!("http://{}/events/demo", gateway.address));
     gateway.wait_for_metric("tidegate_streams", 1.0);
 

@@ -104,8 +104,9 @@ fn over_http(address: SocketAddr, at_once: u32, count: u32) -> Took {
                 for number in 0..count / at_once {
                     let payload = wire::payload(number, PAYLOAD_BYTES);
                     let length = payload.len();
-                    let request =
-                        format!("POST /events/f0 HTTP/1.1\r\nHost: bench\r\nContent-Length: {length}\r\n\r\n{payload}");
+                    let request = format!(
+                        "POST /events/f0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{payload}"
+                    );
                     let began = Instant::now();
                     socket.write_all(request.as_bytes()).await.expect("the gateway listens");
                     // An answer is short, and there is never more than one.
@@ -172,7 +173,7 @@ fn middle(mut times: Vec<Duration>) -> Duration {
 /// The position of a client that begins now.
 pub fn position(gateway: SocketAddr) -> String {
     let mut socket = TcpStream::connect(gateway).expect("the gateway listens");
-    socket.write_all(b"GET /events/f0 HTTP/1.1\r\nHost: bench\r\n\r\n").expect("the gateway listens");
+    socket.write_all(b"GET /events/f0 HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("the gateway listens");
     let mut text = String::new();
     let mut piece = [0; 4096];
     loop {

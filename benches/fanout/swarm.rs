@@ -164,7 +164,7 @@ impl Swarm {
         socket.bind(&source.into())?;
         socket.connect(&join.address.into())?;
         socket.set_nonblocking(true)?;
-        let mut request = format!("GET /events/f{} HTTP/1.1\r\nHost: bench\r\n", number % join.subjects);
+        let mut request = format!("GET /events/f{} HTTP/1.1\r\nHost: localhost\r\n", number % join.subjects);
         request.push_str("Accept: text/event-stream\r\n");
         if let Some(id) = &join.last_event_id {
             write!(request, "Last-Event-ID: {id}\r\n").expect("strings take all");

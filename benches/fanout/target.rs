@@ -126,7 +126,7 @@ impl Target {
             Server::Floor(_, control) => Entry::Floor(connect(*control)),
             Server::Gateway(gateway) => {
                 let mut socket = connect(gateway.address);
-                let head = "POST /events HTTP/1.1\r\nHost: bench\r\nContent-Type: application/x-ndjson\r\n\
+                let head = "POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\n\
                      Transfer-Encoding: chunked\r\n\r\n";
                 socket.write_all(head.as_bytes()).expect("the gateway listens");
                 let stored = Arc::new(AtomicU64::new(0));

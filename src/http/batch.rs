@@ -29,9 +29,12 @@ use super::{
     App,
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
     publish::{Receipt, check_coding, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
-    query::Query,
+    who,
 };
-use crate::broker::{Condition, Publication};
+use crate::{
+    auth::Principal,
+    broker::{Condition, Publication},
+};
 
 /// Types that mean one JSON value a line.
 const TYPES: [&str; 3] = ["application/x-ndjson", "application/ndjson", "application/jsonl"];
@@ -43,15 +46,17 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    if let Err(error) = check(&app, &request) {
-        return app.refuse(&error);
-    }
+    let principal = match check(&app, &request).await {
+        Ok(principal) => principal,
+        Err(error) => return app.refuse(&error),
+    };
     let behind_proxy = request.headers().contains_key(REFUSAL_HEADER);
     let mut batch = Batch {
         lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max: app.limits.line_bytes },
         waiting: FuturesOrdered::new(),
         number: 0,
         ended: false,
+        principal,
         app,
     };
     let first = if behind_proxy { batch.answers_until_pause().await } else { Bytes::new() };
@@ -79,8 +84,10 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     response
 }
 
-fn check(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
-    Query::parse(request, &[])?;
+async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> {
+    let query = app.query(request, &[])?;
+    let principal = who::identify(app, request, &query).await?;
+    who::check_publish_anything(&principal)?;
     check_coding(request)?;
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
     let kind = kind.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
@@ -94,10 +101,11 @@ fn check(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
-    Ok(())
+    Ok(principal)
 }
 
 struct Batch {
+    principal: Principal,
     app: web::Data<App>,
     lines: Lines,
     waiting: FuturesOrdered<BoxFuture<'static, Answer>>,
@@ -171,7 +179,11 @@ impl Batch {
                 return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
             }
         };
-        let publication = match parse(&line, self.app.limits.event_bytes) {
+        let publication = parse(&line, self.app.limits.event_bytes).and_then(|publication| {
+            who::check_publish(&self.principal, &publication.subject)?;
+            Ok(publication)
+        });
+        let publication = match publication {
             Ok(publication) => publication,
             Err(error) => return self.answer(Answer::Refused(number, error)),
         };

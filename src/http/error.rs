@@ -9,6 +9,7 @@ use actix_web::{
 use serde::Serialize;
 
 use crate::{
+    auth::Refusal,
     broker::{BrokerError, PublishError},
     sse,
 };
@@ -52,7 +53,12 @@ codes! {
     InvalidHeader = 400 "invalid_header" "A header has an unusable value";
     InvalidType = 400 "invalid_type" "This is no event type";
     InvalidLine = 400 "invalid_line" "This line is no event";
+    AmbiguousToken = 400 "ambiguous_token" "Different tokens at once";
     BodyIncomplete = 400 "body_incomplete" "The body ended early";
+    Unauthenticated = 401 "unauthenticated" "This is not for everybody";
+    InvalidToken = 401 "invalid_token" "The token or key is not good";
+    Forbidden = 403 "forbidden" "This is not allowed";
+    OpenOnlyLocally = 403 "open_only_locally" "This gateway is for its own machine only";
     NotFound = 404 "not_found" "There is nothing here";
     MethodNotAllowed = 405 "method_not_allowed" "This method is not for this resource";
     BodyTimeout = 408 "body_timeout" "The body took too long";
@@ -65,6 +71,7 @@ codes! {
     BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
     Draining = 503 "draining" "This node is going away";
     TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
+    KeysUnavailable = 503 "keys_unavailable" "The keys that verify tokens can't be read now";
     OutcomeUnknown = 504 "outcome_unknown" "The event may or may not have been stored";
 }
 
@@ -105,7 +112,24 @@ impl ApiError {
 
     /// Whether the same request may succeed later.
     fn will_pass(&self) -> bool {
-        matches!(self.code, Code::BrokerUnavailable | Code::BrokerRefused | Code::Draining | Code::TooManyStreams)
+        matches!(
+            self.code,
+            Code::BrokerUnavailable
+                | Code::BrokerRefused
+                | Code::Draining
+                | Code::TooManyStreams
+                | Code::KeysUnavailable
+        )
+    }
+
+    /// What a client is to bring (RFC 6750, section 3).
+    fn challenge(&self) -> Option<&'static str> {
+        match self.code {
+            Code::Unauthenticated => Some("Bearer"),
+            Code::InvalidToken => Some(r#"Bearer error="invalid_token""#),
+            Code::Forbidden => Some(r#"Bearer error="insufficient_scope""#),
+            _ => None,
+        }
     }
 
     /// The answer to a request that is not for a stream.
@@ -114,6 +138,9 @@ impl ApiError {
         response.content_type("application/problem+json").insert_header((header::CACHE_CONTROL, "no-store"));
         if let Some(allow) = self.allow {
             response.insert_header((header::ALLOW, allow));
+        }
+        if let Some(challenge) = self.challenge() {
+            response.insert_header((header::WWW_AUTHENTICATE, challenge));
         }
         if self.will_pass() {
             response.insert_header((header::RETRY_AFTER, RETRY_AFTER.as_secs()));
@@ -144,6 +171,15 @@ impl ApiError {
 /// Whether an Accept header names `wanted` as one of its media ranges.
 fn accepts(header: &str, wanted: &str) -> bool {
     header.split(',').filter_map(|range| range.split(';').next()).any(|range| range.trim().eq_ignore_ascii_case(wanted))
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> ApiError {
+        match refusal {
+            Refusal::Invalid(why) => ApiError::new(Code::InvalidToken, why),
+            Refusal::KeysAway => ApiError::new(Code::KeysUnavailable, ""),
+        }
+    }
 }
 
 impl From<BrokerError> for ApiError {

@@ -6,6 +6,7 @@ pub mod error;
 mod publish;
 mod query;
 mod subscribe;
+mod who;
 
 use std::{
     convert::Infallible,
@@ -26,8 +27,10 @@ use tokio_util::sync::CancellationToken;
 use self::{
     connection::Connection,
     error::{ApiError, Code},
+    query::Query,
 };
 use crate::{
+    auth::Auth,
     broker::{Health, Publication, Publish, PublishError, Published, SharedBroker},
     config::Limits,
     delivery::Deliveries,
@@ -41,6 +44,7 @@ const LINGER: Duration = Duration::from_secs(2);
 /// What the handlers share.
 #[derive(Clone)]
 pub struct App {
+    pub auth: Auth,
     pub hub: Hub,
     pub broker: SharedBroker,
     /// Where events go in: the broker, or a worker's own way there.
@@ -196,6 +200,12 @@ impl App {
             Err(error) => tracing::warn!(%error, "a worker publishes by way of the others"),
         }
         Ok(self)
+    }
+
+    /// The query of `request`, in which these parameters may occur, and the token where it is taken from there.
+    fn query(&self, request: &HttpRequest, known: &[&'static str]) -> Result<Query, ApiError> {
+        let token = self.auth.takes_query_token().then_some(who::TOKEN);
+        Query::parse(request, &known.iter().copied().chain(token).collect::<Vec<_>>())
     }
 
     fn is_draining(&self) -> bool {

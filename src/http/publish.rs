@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::{
     App,
     error::{ApiError, Code},
-    query::{Query, subject_in_path},
+    query::subject_in_path,
+    who,
 };
 use crate::{
     broker::{Condition, Publication, Published},
@@ -43,8 +44,10 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 }
 
 async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
-    let query = Query::parse(request, &["type", "ttl"])?;
+    let query = app.query(request, &["type", "ttl"])?;
+    let principal = who::identify(app, request, &query).await?;
     let subject = parse_subject(&subject_in_path(request)?)?;
+    who::check_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;
     let ttl = query.one("ttl")?.map(parse_ttl).transpose()?;
     let key = header_text(request, "Idempotency-Key")?.map(parse_key).transpose()?;

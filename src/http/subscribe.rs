@@ -10,8 +10,10 @@ use super::{
     connection::{Handoff, Slot},
     error::{ApiError, Code},
     query::{Query, subject_in_path},
+    who,
 };
 use crate::{
+    auth::Principal,
     config::parse_duration,
     hub::{Start, StartAt},
     sse::Format,
@@ -23,16 +25,13 @@ const ID_CHARS_MAX: usize = 16 * 1024;
 
 /// `GET /events/{filter}`
 pub async fn filter_in_path(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
-    let wish = Query::parse(&request, &["from", "format", "lastEventId"]).and_then(|query| {
-        let filter = parse_filter(&subject_in_path(&request)?)?;
-        Wish::read(vec![filter], &query, &request)
-    });
-    respond(&app, &request, wish).await
+    let filters = |_: &Query| Ok(vec![parse_filter(&subject_in_path(&request)?)?]);
+    respond(&app, &request, &["from", "format", "lastEventId"], filters).await
 }
 
 /// `GET /events?subject={filter}`, once or several times
 pub async fn filters_in_query(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
-    let wish = Query::parse(&request, &["subject", "from", "format", "lastEventId"]).and_then(|query| {
+    let filters = |query: &Query| {
         let filters = query.all("subject").map(parse_filter).collect::<Result<Vec<_>, _>>()?;
         if filters.is_empty() {
             let detail = "say what to stream, as in /events/orders.eu, /events/orders.> or /events?subject=orders.*";
@@ -42,9 +41,25 @@ pub async fn filters_in_query(app: web::Data<App>, request: HttpRequest) -> Http
             let detail = format!("one connection takes at most {} filters, not {}", app.limits.filters, filters.len());
             return Err(ApiError::new(Code::TooManyFilters, detail));
         }
-        Wish::read(Filter::fold(filters), &query, &request)
-    });
-    respond(&app, &request, wish).await
+        Ok(Filter::fold(filters))
+    };
+    respond(&app, &request, &["subject", "from", "format", "lastEventId"], filters).await
+}
+
+async fn respond(
+    app: &App,
+    request: &HttpRequest,
+    known: &[&'static str],
+    filters: impl FnOnce(&Query) -> Result<Vec<Filter>, ApiError>,
+) -> HttpResponse {
+    let opened = async {
+        let query = app.query(request, known)?;
+        let principal = who::identify(app, request, &query).await?;
+        let wish = Wish::read(filters(&query)?, &query, request)?;
+        who::check_subscribe(&principal, &wish.filters)?;
+        open(app, request, wish, &principal).await
+    };
+    opened.await.unwrap_or_else(|error| app.refuse_stream(request, &error))
 }
 
 /// What a client asks for.
@@ -77,15 +92,7 @@ impl Wish {
     }
 }
 
-async fn respond(app: &App, request: &HttpRequest, wish: Result<Wish, ApiError>) -> HttpResponse {
-    let opened = match wish {
-        Ok(wish) => open(app, request, wish).await,
-        Err(error) => Err(error),
-    };
-    opened.unwrap_or_else(|error| app.refuse_stream(request, &error))
-}
-
-async fn open(app: &App, request: &HttpRequest, wish: Wish) -> Result<HttpResponse, ApiError> {
+async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principal) -> Result<HttpResponse, ApiError> {
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
@@ -93,8 +100,9 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish) -> Result<HttpRespon
     let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
     let Wish { filters, start, format } = wish;
     let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
+    let expires = principal.expires();
     let handoff = Handoff::new(slot, move |socket| {
-        if let Err(error) = admission.deliver(socket, opening, cursor) {
+        if let Err(error) = admission.deliver(socket, opening, cursor, expires) {
             tracing::warn!(%error, "a stream's socket could not be taken over");
         }
     });

@@ -128,7 +128,7 @@ impl Visitor {
         };
         let subjects: String = self.filters().iter().map(|filter| format!("&subject={filter}")).collect();
         let mut request =
-            format!("GET /events?from={from}{subjects} HTTP/1.0\r\nHost: chaos\r\nAccept: text/event-stream\r\n");
+            format!("GET /events?from={from}{subjects} HTTP/1.0\r\nHost: localhost\r\nAccept: text/event-stream\r\n");
         if let Some(id) = &self.last_event_id {
             request.push_str(&format!("Last-Event-ID: {id}\r\n"));
         }

@@ -194,7 +194,7 @@ async fn publish_batch(door: SocketAddr, works: &[&Work], once: impl Fn(&Work) -
     let exchange = async {
         let mut socket = TcpStream::connect(door).await?;
         let head = format!(
-            "POST /events HTTP/1.0\r\nHost: chaos\r\nContent-Type: application/x-ndjson\r\nContent-Length: {}\r\n\r\n",
+            "POST /events HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/x-ndjson\r\nContent-Length: {}\r\n\r\n",
             body.len()
         );
         socket.write_all(head.as_bytes()).await?;

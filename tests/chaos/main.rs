@@ -169,6 +169,7 @@ async fn build(ledger: Arc<Ledger>) -> World {
         let cut = Cut::before(&nodes).await;
         let servers: Vec<_> = cut.addresses.iter().map(|address| format!("nats://{address}")).collect();
         let launch = Launch::new()
+            .with("auth.mode", "open")
             .flag("--nats", &servers.join(","))
             .with("nats.stream.replicas", "3")
             .with("audit.interval", "2s")

@@ -88,7 +88,7 @@ impl Request {
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = [self.method.as_bytes(), b" ", &self.target, b" ", self.version.as_bytes(), b"\r\n"].concat();
         let mut line = |name: &str, value: &[u8]| bytes.extend([name.as_bytes(), b": ", value, b"\r\n"].concat());
-        line("Host", b"tidegate.test");
+        line("Host", b"localhost");
         for (name, value) in &self.headers {
             line(name, value);
         }

@@ -1,0 +1,171 @@
+//! Who somebody is, and what they may do. Knows nothing of HTTP: it is handed what a request brought.
+//!
+//! Whoever brings a credential is what that says, or refused; nobody who brings a bad one is taken for somebody without.
+//! What a [`Principal`] may do is decided from filters alone, before anything is looked up: a refusal can't tell
+//! whether what was asked for exists.
+
+mod api_key;
+mod jwks;
+mod key;
+pub mod local;
+mod policy;
+mod principal;
+mod token;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use self::{api_key::ApiKeys, token::Tokens};
+pub use self::{
+    api_key::NewKey,
+    principal::{Carrier, Principal},
+    token::{Grant, MintError, mint},
+};
+use crate::{
+    config::{self, AuthMode},
+    metrics::Metrics,
+    shutdown::Tasks,
+};
+
+/// Everything that says who may do what on this gateway.
+#[derive(Clone)]
+pub struct Auth(Arc<Shared>);
+
+struct Shared {
+    openness: Openness,
+    keys: ApiKeys,
+    /// Where there are keys for them.
+    tokens: Option<Tokens>,
+    anonymous: Principal,
+    cookie: String,
+    query_token: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Openness {
+    /// To whoever is let in.
+    Closed,
+    /// To everybody on this machine.
+    Local,
+    /// To everybody.
+    Open,
+}
+
+/// Why a gateway can't start with these settings, in words for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(
+        "nothing says who is let in (auth), so only this machine may be; but listen is {0}. Set auth (see \"Letting \
+         people in\" in the README), or auth.mode = \"open\" if everybody who reaches it may do everything"
+    )]
+    OpenToAll(SocketAddr),
+    #[error("auth.keys: {0:?}: {1}")]
+    ApiKey(String, &'static str),
+    #[error("auth.policy: {0:?}: {1}")]
+    Policy(String, String),
+    #[error("{0}: {1}")]
+    Key(&'static str, String),
+}
+
+/// Why somebody is not let in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// What they brought is no good; why, in words for them.
+    Invalid(String),
+    /// The keys to tell are not at hand now.
+    KeysAway,
+}
+
+/// What a request brought to say who sends it.
+pub struct Credential<'a> {
+    pub text: &'a str,
+    pub carrier: Carrier,
+}
+
+impl Auth {
+    /// Reads keys, and waits for the first answer of a JWKS URL, good or bad; from then on a task keeps it fresh.
+    ///
+    /// # Errors
+    /// When a setting can't be used, or the gateway would be open to more than this machine without having been told so.
+    pub async fn start(
+        config: &config::Auth,
+        listen: SocketAddr,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Result<Auth, StartError> {
+        let openness = match config.mode {
+            AuthMode::Open => Openness::Open,
+            AuthMode::Auto if config.is_configured() => Openness::Closed,
+            AuthMode::Auto if listen.ip().to_canonical().is_loopback() => Openness::Local,
+            AuthMode::Auto => return Err(StartError::OpenToAll(listen)),
+        };
+        let anonymous = match openness {
+            Openness::Closed => Principal::anonymous(config.anonymous.clone()),
+            Openness::Local | Openness::Open => Principal::anybody(),
+        };
+        let tokens = match config.jwt.is_configured() {
+            true => Some(Tokens::start(config, metrics, tasks).await?),
+            false => None,
+        };
+        Ok(Auth(Arc::new(Shared {
+            openness,
+            keys: ApiKeys::read(&config.keys)?,
+            tokens,
+            anonymous,
+            cookie: config.cookie.clone(),
+            query_token: config.query_token,
+        })))
+    }
+
+    /// Who brings this.
+    ///
+    /// # Errors
+    /// When it is no good, or can't be told to be. Only without any are they anonymous.
+    pub async fn identify(&self, credential: Option<Credential<'_>>) -> Result<Principal, Refusal> {
+        let auth = &*self.0;
+        match (credential, auth.openness) {
+            (None, _) | (Some(_), Openness::Local | Openness::Open) => Ok(auth.anonymous.clone()),
+            (Some(Credential { text, carrier }), Openness::Closed) => {
+                if ApiKeys::is_key(text) {
+                    return auth.keys.find(text, carrier);
+                }
+                match &auth.tokens {
+                    Some(tokens) => tokens.verify(text, carrier).await,
+                    None => Err(Refusal::Invalid("no tokens are taken here".into())),
+                }
+            }
+        }
+    }
+
+    /// Whether only this machine may be served; see [`local`].
+    pub fn is_local_only(&self) -> bool {
+        self.0.openness == Openness::Local
+    }
+
+    /// Whether everybody may do everything.
+    pub fn is_open(&self) -> bool {
+        self.0.openness != Openness::Closed
+    }
+
+    /// The name of the cookie that carries tokens.
+    pub fn cookie(&self) -> &str {
+        &self.0.cookie
+    }
+
+    /// Whether `?token=` is taken.
+    pub fn takes_query_token(&self) -> bool {
+        self.0.query_token
+    }
+
+    /// One line for people about who is let in.
+    pub fn describe(&self) -> String {
+        let auth = &*self.0;
+        match auth.openness {
+            Openness::Local => "open, to this machine only (\"Letting people in\" in the README is the way on)".into(),
+            Openness::Open => "open to everybody who reaches it (auth.mode = \"open\")".into(),
+            Openness::Closed => {
+                let tokens = if auth.tokens.is_some() { "tokens" } else { "no tokens" };
+                format!("{tokens}, {} API keys, anonymous: {:?}", auth.keys.len(), auth.anonymous.rights())
+            }
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Tokens (RFC 7519): which are good, and what their bearers may do. And makes some, for development.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use jsonwebtoken::{
+    Algorithm, AlgorithmFamily, EncodingKey, Header, Validation, decode, decode_header, errors::ErrorKind,
+};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{
+    Carrier, Principal, Refusal, StartError,
+    jwks::{Known, RemoteKeys},
+    key::{self, Key, SECRET_BYTES_MIN},
+    policy::Template,
+};
+use crate::{
+    config::{self, Rights},
+    metrics::Metrics,
+    shutdown::Tasks,
+    subject::Filter,
+};
+
+type Claims = Map<String, Value>;
+
+/// Verifies tokens.
+pub(super) struct Tokens {
+    keys: Vec<Key>,
+    remote: Option<RemoteKeys>,
+    subscribe: Vec<Template>,
+    publish: Vec<Template>,
+    token_bytes: usize,
+    filters_max: usize,
+    leeway: Duration,
+    lifetime: Duration,
+}
+
+impl Tokens {
+    pub(super) async fn start(
+        config: &config::Auth,
+        metrics: Arc<Metrics>,
+        tasks: &Tasks,
+    ) -> Result<Tokens, StartError> {
+        let config::Auth { policy, jwt, .. } = config;
+        let rules = rules(jwt);
+        let keys = key::configured(jwt, &rules)?;
+        let templates =
+            |texts: &[String]| texts.iter().map(|text| Template::parse(text)).collect::<Result<Vec<_>, _>>();
+        let (subscribe, publish) = (templates(&policy.subscribe)?, templates(&policy.publish)?);
+        let remote = match jwt.jwks_url.is_empty() {
+            true => None,
+            false => Some(RemoteKeys::start(jwt, rules, metrics, tasks).await),
+        };
+        Ok(Tokens {
+            keys,
+            remote,
+            subscribe,
+            publish,
+            token_bytes: config.token_bytes,
+            filters_max: config.filters,
+            leeway: jwt.leeway,
+            lifetime: jwt.lifetime,
+        })
+    }
+
+    /// Who bears this token.
+    pub(super) async fn verify(&self, token: &str, carrier: Carrier) -> Result<Principal, Refusal> {
+        if token.len() > self.token_bytes {
+            return Err(invalid("the token is too long"));
+        }
+        let header = decode_header(token).map_err(explain)?;
+        if header.crit.is_some() {
+            return Err(invalid("the token demands extensions (crit), of which there are none here"));
+        }
+        let claims = self.claims(token, &header).await?;
+        let expires = self.check_times(&claims)?;
+        let rights = self.rights(&claims)?;
+        let sub = claims.get("sub").and_then(Value::as_str).unwrap_or_default();
+        Ok(Principal::of_token(sub, rights, expires, carrier))
+    }
+
+    async fn claims(&self, token: &str, header: &Header) -> Result<Claims, Refusal> {
+        let ours = try_keys(&self.keys, token, header);
+        let (Err(_), Some(remote)) = (&ours, &self.remote) else { return ours };
+        if header.alg.family() == AlgorithmFamily::Hmac {
+            // There are no secrets among published keys.
+            return ours;
+        }
+        let is_known = |known: &Known| known.keys.iter().any(|key| key.has_id_of(header));
+        let mut known = remote.known();
+        if !is_known(&known) {
+            known = remote.refreshed().await;
+        }
+        match is_known(&known) {
+            true => try_keys(&known.keys, token, header),
+            false if known.failed => Err(Refusal::KeysAway),
+            false => ours,
+        }
+    }
+
+    /// When the token ends: its `exp`, which it must have, and what clocks may be apart.
+    fn check_times(&self, claims: &Claims) -> Result<Timestamp, Refusal> {
+        let whole =
+            |name: &str| claims.get(name).map(|value| value.as_i64().ok_or_else(|| not_whole(name))).transpose();
+        let expires = whole("exp")?.ok_or_else(|| invalid("the token has no exp"))?;
+        let now = Timestamp::now().as_second();
+        let longest = |from: i64| from.saturating_add_unsigned(self.lifetime.as_secs());
+        let leeway = self.leeway.as_secs();
+        let ends = expires.saturating_add_unsigned(leeway);
+        if ends <= now {
+            return Err(invalid("the token has expired"));
+        }
+        let too_long = |from: i64| expires > longest(from).saturating_add_unsigned(leeway);
+        if too_long(now) || claims.get("iat").and_then(Value::as_f64).is_some_and(|iat| too_long(iat as i64)) {
+            return Err(invalid("the token lives too long"));
+        }
+        Timestamp::from_second(ends).map_err(|_| not_whole("exp"))
+    }
+
+    /// What the token's own claim names, and what the policies give to these claims.
+    fn rights(&self, claims: &Claims) -> Result<Rights, Refusal> {
+        #[derive(Default, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        struct Named {
+            subscribe: Vec<String>,
+            publish: Vec<String>,
+        }
+        let named = match claims.get("tidegate") {
+            None => Named::default(),
+            Some(claim) => Named::deserialize(claim).map_err(|_| {
+                invalid(r#"the token's claim "tidegate" is {"subscribe": [filters], "publish": [filters]}"#)
+            })?,
+        };
+        let join = |named: Vec<String>, templates: &[Template]| {
+            if named.len() > self.filters_max {
+                return Err(invalid("the token names too many filters"));
+            }
+            let named = named.iter().map(|text| {
+                Filter::parse(text).map_err(|error| Refusal::Invalid(format!("the token names a filter: {error}")))
+            });
+            named.chain(templates.iter().filter_map(|template| template.fill(claims)).map(Ok)).collect()
+        };
+        Ok(Rights { subscribe: join(named.subscribe, &self.subscribe)?, publish: join(named.publish, &self.publish)? })
+    }
+}
+
+/// What holds for every token, whatever its key. Its times are looked at by [`Tokens::check_times`], too, which is
+/// stricter.
+fn rules(config: &config::Jwt) -> Validation {
+    let mut rules = Validation { leeway: config.leeway.as_secs(), validate_nbf: true, ..Validation::default() };
+    let mut required = vec!["exp"];
+    if !config.issuer.is_empty() {
+        rules.set_issuer(&config.issuer);
+        required.push("iss");
+    }
+    // Without one, a token for any audience is for another (RFC 7519, section 4.1.3).
+    if !config.audience.is_empty() {
+        rules.set_audience(&config.audience);
+        required.push("aud");
+    }
+    rules.set_required_spec_claims(&required);
+    rules
+}
+
+/// The claims of a token that one of `keys` has signed.
+fn try_keys(keys: &[Key], token: &str, header: &Header) -> Result<Claims, Refusal> {
+    let mut refusal = invalid("no key of this gateway verifies the token");
+    for key in keys.iter().filter(|key| key.fits(header)) {
+        match decode(token, &key.decoding, &key.validation) {
+            Ok(token) => return Ok(token.claims),
+            Err(error) if matches!(error.kind(), ErrorKind::InvalidSignature) => {}
+            Err(error) => refusal = explain(error),
+        }
+    }
+    Err(refusal)
+}
+
+/// What is wrong with a token, without any of it: errors of parsers may quote what they parse.
+fn explain(error: jsonwebtoken::errors::Error) -> Refusal {
+    Refusal::Invalid(match error.kind() {
+        ErrorKind::ExpiredSignature => "the token has expired".into(),
+        ErrorKind::ImmatureSignature => "the token does not count yet (nbf)".into(),
+        ErrorKind::InvalidIssuer => "the token is of another issuer (iss)".into(),
+        ErrorKind::InvalidAudience => "the token is for another audience (aud)".into(),
+        ErrorKind::MissingRequiredClaim(claim) => format!("the token has no proper {claim}"),
+        ErrorKind::InvalidClaimFormat(claim) => format!("the token has no proper {claim}"),
+        _ => "this is no token that is taken here".into(),
+    })
+}
+
+fn not_whole(claim: &str) -> Refusal {
+    Refusal::Invalid(format!("the token's {claim} is no whole number of seconds"))
+}
+
+fn invalid(why: &str) -> Refusal {
+    Refusal::Invalid(why.into())
+}
+
+/// What a token that is to be made says.
+pub struct Grant {
+    pub sub: Option<String>,
+    pub rights: Rights,
+    pub lifetime: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum MintError {
+    #[error("tokens are made with auth.jwt.secret (TIDEGATE_AUTH__JWT__SECRET), which is not set")]
+    NoSecret,
+    #[error("auth.jwt.secret has at least {SECRET_BYTES_MIN} bytes")]
+    ShortSecret,
+    #[error("a token may live for {0:?} at most (auth.jwt.lifetime)")]
+    TooLong(Duration),
+    #[error("the token could not be signed: {0}")]
+    Sign(#[from] jsonwebtoken::errors::Error),
+}
+
+/// Makes a token that a gateway with this configuration takes.
+///
+/// # Errors
+/// When there is no secret to make it with, or it would be refused.
+pub fn mint(config: &config::Jwt, grant: &Grant) -> Result<String, MintError> {
+    match config.secret.expose().len() {
+        0 => return Err(MintError::NoSecret),
+        1..SECRET_BYTES_MIN => return Err(MintError::ShortSecret),
+        _ => {}
+    }
+    if grant.lifetime > config.lifetime {
+        return Err(MintError::TooLong(config.lifetime));
+    }
+    let texts = |filters: &[Filter]| filters.iter().map(|filter| filter.as_str().to_owned()).collect::<Vec<_>>();
+    let now = Timestamp::now().as_second();
+    let mut claims = json!({
+        "iat": now,
+        "exp": now.saturating_add_unsigned(grant.lifetime.as_secs()),
+        "tidegate": { "subscribe": texts(&grant.rights.subscribe), "publish": texts(&grant.rights.publish) },
+    });
+    for (name, value) in
+        [("sub", &grant.sub), ("iss", &config.issuer.first().cloned()), ("aud", &config.audience.first().cloned())]
+    {
+        if let Some(value) = value {
+            claims[name] = value.as_str().into();
+        }
+    }
+    let key = EncodingKey::from_secret(config.secret.expose());
+    Ok(jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &key)?)
+}

@@ -1,0 +1,111 @@
+//! Who sends a request: finds what it brought to say so, and refuses what they may not do.
+//!
+//! Header, cookie and, where it is switched on, query are looked at in this order. Different ones at once are refused
+//! rather than one of them believed.
+
+use std::borrow::Cow;
+
+use actix_web::{HttpRequest, http::header};
+
+use super::{
+    App,
+    error::{ApiError, Code},
+    query::Query,
+};
+use crate::{
+    auth::{Carrier, Credential, Principal, local},
+    subject::{Filter, Subject},
+};
+
+/// The query parameter that carries a token, where that is switched on.
+pub const TOKEN: &str = "token";
+
+/// Who sends `request`.
+pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result<Principal, ApiError> {
+    if app.auth.is_local_only() {
+        check_local(request)?;
+    }
+    let from_header = authorization(request)?.map(|text| (text, Carrier::Header));
+    let from_cookie = cookies(request, app.auth.cookie()).map(|text| (text, Carrier::Cookie));
+    let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), Carrier::Query));
+    let brought: Vec<(Cow<'_, str>, _)> = from_header.into_iter().chain(from_cookie).chain(from_query).collect();
+    let Some((text, carrier)) = brought.first() else { return Ok(app.auth.identify(None).await?) };
+    if brought.iter().any(|(other, _)| other != text) {
+        let detail = "the request brings different tokens (Authorization, cookie, ?token=): bring one";
+        return Err(ApiError::new(Code::AmbiguousToken, detail));
+    }
+    Ok(app.auth.identify(Some(Credential { text, carrier: *carrier })).await?)
+}
+
+/// Refuses a stream unless all of it is allowed. Decided from names alone: what is forbidden is not looked up.
+pub fn check_subscribe(principal: &Principal, filters: &[Filter]) -> Result<(), ApiError> {
+    match filters.iter().find(|filter| !principal.may_subscribe(filter)) {
+        None => Ok(()),
+        Some(filter) => Err(forbidden(principal, format!("reading {filter}"))),
+    }
+}
+
+/// Refuses an event on a subject that is not allowed, or that comes when its sender's token has expired.
+pub fn check_publish(principal: &Principal, subject: &Subject) -> Result<(), ApiError> {
+    if principal.has_expired() {
+        return Err(ApiError::new(Code::InvalidToken, "the token has expired"));
+    }
+    if principal.may_publish(subject) { Ok(()) } else { Err(forbidden(principal, format!("publishing to {subject}"))) }
+}
+
+/// Refuses a batch of which no line could be allowed.
+pub fn check_publish_anything(principal: &Principal) -> Result<(), ApiError> {
+    if principal.may_publish_anything() { Ok(()) } else { Err(forbidden(principal, "publishing".into())) }
+}
+
+fn forbidden(principal: &Principal, what: String) -> ApiError {
+    match principal.is_anonymous() {
+        true => ApiError::new(Code::Unauthenticated, format!("{what} is not for everybody: bring a token")),
+        false => ApiError::new(Code::Forbidden, format!("{what} is not allowed with this token or key")),
+    }
+}
+
+/// The token of `Authorization: Bearer`. Other schemes are refused, like bad tokens: whoever sends one means to be
+/// somebody.
+fn authorization(request: &HttpRequest) -> Result<Option<Cow<'_, str>>, ApiError> {
+    let mut values = request.headers().get_all(header::AUTHORIZATION);
+    let (Some(value), second) = (values.next(), values.next()) else { return Ok(None) };
+    if second.is_some() {
+        return Err(ApiError::new(Code::AmbiguousToken, "Authorization may be given only once"));
+    }
+    let text = value.to_str().unwrap_or_default();
+    match text.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("Bearer") => Ok(Some(token.trim().into())),
+        _ => Err(ApiError::new(Code::InvalidToken, "Authorization is Bearer, a blank, and a token")),
+    }
+}
+
+/// The values of the cookies of this name, other than empty ones, whatever else is sent as cookies.
+fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = Cow<'a, str>> {
+    let lines = request.headers().get_all(header::COOKIE).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let values = lines.flat_map(move |line| {
+        let named = line.split(';').filter_map(|pair| pair.trim().split_once('='));
+        let values = named.filter(|(other, _)| *other == name).map(|(_, value)| value.trim_matches('"').to_owned());
+        values.collect::<Vec<_>>()
+    });
+    values.filter(|value| !value.is_empty()).map(Cow::from)
+}
+
+/// Refuses what comes, or may come, from beyond this machine.
+fn check_local(request: &HttpRequest) -> Result<(), ApiError> {
+    let headers = request.headers();
+    let proxied = local::PROXY_HEADERS.into_iter().find(|name| headers.contains_key(*name));
+    let all = |name, is_local: fn(&str) -> bool| headers.get_all(name).all(|value| value.to_str().is_ok_and(is_local));
+    let what = if let Some(name) = proxied {
+        format!("this request came through a proxy ({name})")
+    } else if !all(header::HOST, local::is_local_host) || !request.uri().host().is_none_or(local::is_local_host) {
+        "this request's Host is not this machine".into()
+    } else if !all(header::ORIGIN, local::is_local_origin) {
+        "this request is from a page of another site (Origin)".into()
+    } else {
+        return Ok(());
+    };
+    let mend = "this gateway is open, and therefore only for its own machine: set auth.jwt, auth.keys or auth.anonymous \
+                to say who is let in, or auth.mode = \"open\" if everybody who reaches it may do everything";
+    Err(ApiError::new(Code::OpenOnlyLocally, format!("{what}; {mend}")))
+}
