@@ -192,6 +192,12 @@ impl Gateway {
         self.process().exit_status()
     }
 
+    /// What it logged, once it has ended by itself.
+    pub fn log(&mut self) -> String {
+        self.exit_status();
+        self.process().end()
+    }
+
     /// Starts it again after its end, on the same address.
     pub fn restart(&mut self) {
         self.restart_within(PATIENCE);

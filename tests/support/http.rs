@@ -11,7 +11,7 @@ use std::{
 
 use super::PATIENCE;
 
-/// A request, with nothing added to what was said of it but a `Host`.
+/// A request, with nothing added to what was said of it but a `Host` where it has none.
 #[derive(Clone)]
 pub struct Request {
     method: String,
@@ -79,6 +79,11 @@ impl Request {
         self
     }
 
+    /// Who sends it, by a token or key.
+    pub fn bearer(self, token: &str) -> Request {
+        self.header("Authorization", format!("Bearer {token}"))
+    }
+
     pub fn http_1_0(mut self) -> Request {
         self.version = "HTTP/1.0";
         self
@@ -88,7 +93,9 @@ impl Request {
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = [self.method.as_bytes(), b" ", &self.target, b" ", self.version.as_bytes(), b"\r\n"].concat();
         let mut line = |name: &str, value: &[u8]| bytes.extend([name.as_bytes(), b": ", value, b"\r\n"].concat());
-        line("Host", b"localhost");
+        if !self.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("Host")) {
+            line("Host", b"localhost");
+        }
         for (name, value) in &self.headers {
             line(name, value);
         }

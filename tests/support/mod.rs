@@ -14,7 +14,9 @@ pub mod gateway;
 pub mod http;
 pub mod nats;
 pub mod nginx;
+pub mod site;
 pub mod sse;
+pub mod tokens;
 pub mod wire;
 
 use std::time::Duration;
