@@ -15,8 +15,10 @@ use jsonwebtoken::{Algorithm, EncodingKey};
 use serde_json::{Value, json};
 use support::{
     PATIENCE,
+    browser::Browser,
     gateway::{Gateway, Launch},
     http::{Request, Response},
+    nginx::Nginx,
     site::{Page, Site},
     sse::{Event, EventStream, Signal},
     tokens::{KeyPair, SECRET, forge, now, reader, token, unsigned},
@@ -757,4 +759,65 @@ fn nothing_that_is_logged_holds_a_token_or_a_secret() {
     let log = gateway.log();
     let signature = good.rsplit_once('.').unwrap().1;
     assert!(!log.contains(signature) && !log.contains(SECRET), "{log}");
+}
+
+/// A page that renews its cookie when it is warned, as the README has it; the events themselves are the test's to watch.
+const PAGE: &str = r#"<!doctype html><script>
+  const Plain = EventSource;
+  window.EventSource = class extends Plain {
+    constructor(...target) {
+      super(...target);
+      this.addEventListener("tidegate.token-expiring", () => fetch("/login"));
+    }
+  };
+</script>"#;
+
+#[test]
+fn a_browser_whose_token_is_renewed_under_its_stream_misses_nothing() {
+    let gateway = with_secret().with("auth.jwt.expiry_warning", "2s").with("sse.retry", "500ms").start();
+    let logins = Site::start(|path| {
+        let token = token(json!({ "sub": "ann", "exp": now() + 5, "tidegate": { "subscribe": ["demo"] } }));
+        let cookie = format!("tidegate={token}; Path=/; HttpOnly; SameSite=Strict");
+        let headers = vec![("Content-Type", "text/html".into()), ("Cache-Control", "no-store".into())];
+        match path {
+            // The browser asks for one by itself.
+            "/favicon.ico" => Page { headers, body: String::new() },
+            _ => Page { headers: [headers, vec![("Set-Cookie", cookie)]].concat(), body: PAGE.into() },
+        }
+    });
+    let edge = Nginx::origin(logins.address, gateway.address);
+    let writer = token(json!({ "tidegate": { "publish": ["demo"] } }));
+    let mut published = vec![];
+    let mut publish = || {
+        let number = published.len().to_string();
+        let answer = gateway.ask(Request::post("/events/demo").body(&*number).bearer(&writer));
+        assert_eq!(answer.status, 201, "{answer:?}");
+        published.push(number);
+    };
+    let mut browser = Browser::watch(&format!("http://{}", edge.http), "/events/demo", &["tidegate.token-expiring"]);
+    browser.wait_for_state("open");
+
+    let (mut seen, mut reopened) = (vec![], 0);
+    publish();
+    while reopened < 2 {
+        let said = browser.next();
+        match (said["state"].as_str(), said["event"].as_str()) {
+            (Some("open"), _) => reopened += 1,
+            // The stream has ended with its token: nobody is there to see this one yet.
+            (Some("reconnecting"), _) => publish(),
+            (Some(state), _) => panic!("an EventSource that is {state} does not come back"),
+            (None, Some("message")) => seen.push(said["data"].clone()),
+            // One more while the token still counts, and the next is being fetched.
+            (None, _) => publish(),
+        }
+    }
+    publish();
+    while seen.last().is_none_or(|data| Some(data) != published.last().map(|last| json!(last)).as_ref()) {
+        let event = browser.event();
+        if event["event"] == "message" {
+            seen.push(event["data"].clone());
+        }
+    }
+    assert!(logins.asked() >= 3, "a login and two renewals");
+    assert_eq!(seen, published);
 }

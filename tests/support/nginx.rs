@@ -48,8 +48,20 @@ impl Nginx {
         nginx
     }
 
+    /// One origin for a site's pages and a gateway's events.
+    pub fn origin(site: SocketAddr, gateway: SocketAddr) -> Nginx {
+        Nginx::plain(&format!(
+            "location / {{ proxy_pass http://{site}; }}\n\
+             location /events {{ proxy_pass http://{gateway}; proxy_http_version 1.1; proxy_buffering off; }}"
+        ))
+    }
+
     /// A plain site that only logs what it was asked for.
     pub fn site() -> Nginx {
+        Nginx::plain("location / { return 200 ok; }")
+    }
+
+    fn plain(locations: &str) -> Nginx {
         let http = free_address();
         let directory = scratch();
         fs::create_dir_all(directory.join("nginx/run")).expect("a directory can be made");
@@ -57,7 +69,7 @@ impl Nginx {
             "pid run/nginx.pid; error_log run/error.log; events {{}}\n\
              http {{ access_log run/access.log; client_body_temp_path run; proxy_temp_path run; fastcgi_temp_path run;\n\
              uwsgi_temp_path run; scgi_temp_path run;\n\
-             server {{ listen {http}; location / {{ return 200 ok; }} }} }}"
+             server {{ listen {http}; {locations} }} }}"
         );
         fs::write(directory.join("nginx/nginx.conf"), configuration).expect("a file can be written");
         let mut nginx = Nginx { http, https: http, directory, child: None };
