@@ -293,6 +293,7 @@ mod tests {
             ("nats.stream.name", "a.b", "is made of"),
             ("nats.strem.name", "a", "unknown field"),
             ("auth.cookie", "a=b", "no cookie's name"),
+            ("auth.jwt.jwks_url", "id.example.com/jwks", "begins with https://"),
             ("auth.jwt.leeway", "1h", "more than"),
         ] {
             let error = Config::load(None, vec![(key, value.into())]).unwrap_err().to_string();

@@ -113,6 +113,10 @@ impl Auth {
         if has_policy && !self.jwt.is_configured() {
             return rule("auth.policy is for tokens, but auth.jwt has no key".into());
         }
+        let url = &self.jwt.jwks_url;
+        if !url.is_empty() && !url.starts_with("https://") && !url.starts_with("http://") {
+            return rule(format!("auth.jwt.jwks_url is {url:?}, but begins with https:// or http://"));
+        }
         if self.jwt.leeway > LEEWAY_MAX {
             return rule(format!("auth.jwt.leeway is more than {LEEWAY_MAX:?}"));
         }
