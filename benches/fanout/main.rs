@@ -5,7 +5,7 @@
 //! cargo bench --bench fanout -- storm fast   some of it
 //! ```
 //!
-//! Servers run on one core, clients, publishers and nats-server on another. All servers of a scenario live at once and
+//! Servers run on one core, clients, publishers and nats-server on another (for publishing, all on both). All servers of a scenario live at once and
 //! take turns of a few seconds, so that whatever else the machine does falls on each of them: absolute times are worth
 //! little, their ratios more. Clients check what they get: each event, once, in order; a run in which they don't fails.
 
@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use process::{LOAD_CORE, NatsServer};
+use process::{LOAD_CORE, NatsServer, SERVER_CORE, move_to};
 use target::{Clients, Got, Target};
 
 const SCENARIOS: &[(&str, fn())] = &[
@@ -66,9 +66,7 @@ fn main() {
 
 /// Leaves the servers' core to them, and sees that there are enough open files.
 fn prepare() {
-    let pinned =
-        Command::new("taskset").args(["-cp", &LOAD_CORE.to_string(), &std::process::id().to_string()]).output();
-    assert!(pinned.is_ok_and(|pinned| pinned.status.success()), "this takes two cores, and taskset (util-linux)");
+    move_to(LOAD_CORE);
     let limit = Command::new("sh").args(["-c", "ulimit -Hn"]).output().expect("sh is there").stdout;
     let limit = String::from_utf8_lossy(&limit).trim().to_owned();
     println!("load average {}; open files a process: at most {limit}", load_average());
@@ -83,7 +81,8 @@ fn load_average() -> String {
 
 fn targets(nats: &NatsServer, settings: &[(&str, &str)]) -> Vec<Target> {
     let settings = [SETTINGS, settings].concat();
-    vec![Target::floor(), Target::gateway(None, &settings), Target::gateway(Some(nats), &settings)]
+    let gateway = |nats| Target::gateway(SERVER_CORE, nats, &settings);
+    vec![Target::floor(), gateway(None), gateway(Some(nats))]
 }
 
 /// What one server cost in one round.
@@ -95,7 +94,7 @@ struct Round {
 /// One subject, many clients.
 fn fan_out(clients: usize, rate: u32, turn: Duration) {
     println!("\n{clients} clients of one subject at {rate} events a second");
-    let nats = NatsServer::start();
+    let nats = NatsServer::start(LOAD_CORE);
     let mut targets = targets(&nats, &[]);
     let mut swarms = vec![];
     let mut joins = vec![];
@@ -155,7 +154,7 @@ fn idle_load(target: &Target) -> f64 {
 /// As many subjects as clients: the price of a feed.
 fn subjects(clients: usize, rate: u32, events: u32) {
     println!("\n{clients} clients of {clients} subjects at {rate} events a second (publishing over HTTP included)");
-    let nats = NatsServer::start();
+    let nats = NatsServer::start(LOAD_CORE);
     println!("          us/delivery  x floor  MB joined  MB after events   p50 ms   p99 ms p99.9 ms   join s");
     let mut floor_cost = None;
     for mut target in targets(&nats, &[]) {
@@ -209,7 +208,7 @@ fn publish_in_turn(target: &mut Target, subjects: u32, rate: u32, events: u32) {
 fn storm(clients: usize, subjects: usize, missed: u32) {
     println!("\na storm of {clients} clients of {subjects} subjects, each missing {missed} events");
     println!("                 s  x floor  CPU s  x floor  history reads a range");
-    let nats = NatsServer::start();
+    let nats = NatsServer::start(LOAD_CORE);
     let mut floor_cost = None;
     for mut target in targets(&nats, &[("feed.linger", "50ms")]) {
         let mut last_event_id = "000000-0".to_owned();
@@ -240,7 +239,7 @@ fn storm(clients: usize, subjects: usize, missed: u32) {
 fn stalled(clients: usize, events: u32) {
     println!("\n{clients} clients that read nothing while {events} events of 1 kB pass");
     println!("            MB empty  MB joined  MB at most  MB kernel  MB process (growth) + kernel  s to read all");
-    let nats = NatsServer::start();
+    let nats = NatsServer::start(LOAD_CORE);
     for mut target in targets(&nats, &[]).into_iter().filter(|target| !target.is_floor()) {
         let mut swarm = Clients::join(&target, clients, 1, false, None);
         let joined = target.process().memory();

@@ -11,8 +11,9 @@ use std::{
 };
 
 /// The core of what is measured, and the core of everything else.
-pub const SERVER_CORE: usize = 0;
-pub const LOAD_CORE: usize = 1;
+pub const SERVER_CORE: &str = "0";
+pub const LOAD_CORE: &str = "1";
+pub const BOTH_CORES: &str = "0,1";
 
 /// The kernel's unit in /proc/PID/stat.
 const TICK: Duration = Duration::from_millis(10);
@@ -24,15 +25,15 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program on one core, with as many open files as it may have.
+    /// Starts a program on some cores, with as many open files as it may have.
     pub fn start(
-        core: usize,
+        cores: &str,
         program: impl AsRef<OsStr>,
         arguments: &[&str],
         settings: &[(String, String)],
     ) -> Process {
         let mut command = Command::new("sh");
-        command.args(["-c", r#"ulimit -n "$(ulimit -Hn)"; exec taskset -c "$0" "$@""#, &core.to_string()]);
+        command.args(["-c", r#"ulimit -n "$(ulimit -Hn)"; exec taskset -c "$0" "$@""#, cores]);
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEGATE_")) {
             command.env_remove(name);
         }
@@ -48,8 +49,8 @@ impl Process {
     }
 
     /// Another part of this program.
-    pub fn start_self(core: usize, arguments: &[&str]) -> Process {
-        Process::start(core, std::env::current_exe().expect("this program has a file"), arguments, &[])
+    pub fn start_self(cores: &str, arguments: &[&str]) -> Process {
+        Process::start(cores, std::env::current_exe().expect("this program has a file"), arguments, &[])
     }
 
     pub fn next_line(&mut self) -> String {
@@ -104,14 +105,14 @@ pub struct Gateway {
 
 impl Gateway {
     /// Starts one, on NATS if there is an address, with these settings on top of the defaults.
-    pub fn start(nats: Option<&str>, settings: &[(&str, &str)]) -> Gateway {
+    pub fn start(cores: &str, nats: Option<&str>, settings: &[(&str, &str)]) -> Gateway {
         let mut arguments = vec!["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
         arguments.extend(nats.iter().flat_map(|url| ["--nats", url]));
         let name = |key: &str| format!("TIDEGATE_{}", key.to_uppercase().replace('.', "__"));
         let mut settings: Vec<_> = settings.iter().map(|(key, value)| (name(key), (*value).to_owned())).collect();
         settings.push((name("limits.streams"), "20000".into()));
         let binary = std::env::var("BENCH_GATEWAY").unwrap_or_else(|_| env!("CARGO_BIN_EXE_tidegate").into());
-        let mut process = Process::start(SERVER_CORE, binary, &arguments, &settings);
+        let mut process = Process::start(cores, binary, &arguments, &settings);
         let greeting = process.next_line();
         let mut addresses = greeting.split("http://").skip(1).map(|text| text.split([' ', ')']).next().unwrap_or(""));
         let mut address = || addresses.next().and_then(|text| text.parse().ok()).expect("the gateway greets");
@@ -130,6 +131,12 @@ impl Gateway {
     }
 }
 
+/// Moves this program to some cores.
+pub fn move_to(cores: &str) {
+    let moved = Command::new("taskset").args(["-acp", cores, &std::process::id().to_string()]).output();
+    assert!(moved.is_ok_and(|moved| moved.status.success()), "this takes two cores, and taskset (util-linux)");
+}
+
 /// A nats-server with JetStream and a store of its own.
 pub struct NatsServer {
     process: Process,
@@ -138,13 +145,13 @@ pub struct NatsServer {
 }
 
 impl NatsServer {
-    pub fn start() -> NatsServer {
+    pub fn start(cores: &str) -> NatsServer {
         let directory = std::env::temp_dir().join(format!("tidegate-bench-{}", std::process::id()));
         let _ = fs::remove_dir_all(&directory);
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port");
         let store = directory.to_str().expect("a readable path");
         let arguments = ["-js", "-sd", store, "-a", "127.0.0.1", "-p", &free.port().to_string(), "-l", "/dev/null"];
-        let process = Process::start(LOAD_CORE, nats_binary(), &arguments, &[]);
+        let process = Process::start(cores, nats_binary(), &arguments, &[]);
         let began = Instant::now();
         while TcpStream::connect(free).is_err() {
             assert!(began.elapsed() < Duration::from_secs(20), "nats-server does not start");

@@ -1,5 +1,6 @@
 //! Publishing through a gateway, beside a bare async-nats publisher with message ids on the same stream. Each waits for
-//! the broker's acknowledgement.
+//! the broker's acknowledgement. Everything runs on both cores, as on a machine: bare there are two processes on them, the
+//! publisher and nats-server; through a gateway three.
 
 use std::{
     io::{Read, Write},
@@ -13,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{
     PAYLOAD_BYTES, SETTINGS, median,
-    process::{NatsServer, Process, SERVER_CORE},
+    process::{BOTH_CORES, LOAD_CORE, NatsServer, Process, move_to},
     target::Target,
     wire,
 };
@@ -31,11 +32,12 @@ struct Took {
 
 pub fn compare() {
     println!("\npublishing {PAYLOAD_BYTES} bytes, acknowledged by the broker");
-    let nats = NatsServer::start();
-    let mut target = Target::gateway(Some(&nats), SETTINGS);
+    move_to(BOTH_CORES);
+    let nats = NatsServer::start(BOTH_CORES);
+    let mut target = Target::gateway(BOTH_CORES, Some(&nats), SETTINGS);
     let bare = |at_once: u32, count: u32| {
         let arguments = ["bare", &nats.url, &at_once.to_string(), &count.to_string()];
-        let line = Process::start_self(SERVER_CORE, &arguments).next_line();
+        let line = Process::start_self(BOTH_CORES, &arguments).next_line();
         let micros: Vec<f64> = line.split(' ').map(|text| text.parse().expect("a number")).collect();
         Took { all: Duration::from_secs_f64(micros[0] / 1e6), median: Duration::from_secs_f64(micros[1] / 1e6) }
     };
@@ -79,6 +81,7 @@ pub fn compare() {
         let (bare, gateway) = (median(rates.iter().map(|r| r.0)), median(rates.iter().map(|r| r.1)));
         println!("{name:<13} bare {bare:>8.0}/s   gateway {gateway:>8.0}/s   x {ratio:.2} ({})", cost(slot, MANY));
     }
+    move_to(LOAD_CORE);
 }
 
 fn in_a_batch(target: &mut Target) -> Took {

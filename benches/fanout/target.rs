@@ -47,8 +47,8 @@ impl Target {
         Target::new("floor", address, Server::Floor(process, control))
     }
 
-    pub fn gateway(nats: Option<&NatsServer>, settings: &[(&str, &str)]) -> Target {
-        let gateway = Gateway::start(nats.map(|nats| nats.url.as_str()), settings);
+    pub fn gateway(cores: &str, nats: Option<&NatsServer>, settings: &[(&str, &str)]) -> Target {
+        let gateway = Gateway::start(cores, nats.map(|nats| nats.url.as_str()), settings);
         let name = if nats.is_some() { "on NATS" } else { "embedded" };
         Target::new(name, gateway.address, Server::Gateway(gateway))
     }
