@@ -40,7 +40,7 @@ use crate::{
 const TYPES: [&str; 3] = ["application/x-ndjson", "application/ndjson", "application/jsonl"];
 
 /// A batch that brings nothing for so long has paused.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_secs(1);
 /// Answers that are kept while a batch behind nginx has neither ended nor paused: about 10,000 of them.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 

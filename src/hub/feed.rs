@@ -26,7 +26,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -38,6 +38,7 @@ use super::{
     Hub,
     backoff::Backoff,
     log::{Content, Doubt, Log, Passage},
+    shelf::Readers,
 };
 use crate::{
     broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
@@ -57,9 +58,7 @@ const FIRST_CHECK: Duration = Duration::from_millis(750);
 
 pub(super) struct Feed {
     pub(super) filter: Filter,
-    pub(super) readers: AtomicUsize,
-    /// How often its last reader has left.
-    desertions: AtomicU64,
+    readers: Readers,
     start: OnceCell<Started>,
     state: Mutex<State>,
     /// Counts the occasions on which readers had something to look at.
@@ -107,21 +106,23 @@ pub(super) struct Reader {
     pub(super) hub: Hub,
 }
 
+impl AsRef<Readers> for Feed {
+    fn as_ref(&self) -> &Readers {
+        &self.readers
+    }
+}
+
 impl Drop for Reader {
     fn drop(&mut self) {
-        if self.feed.readers.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return;
-        }
+        let Some(desertion) = self.feed.readers.leave() else { return };
         if !self.feed.has_started() {
-            self.hub.forget(&self.feed, |feed| feed.is_read() || feed.has_started());
+            self.hub.forget(&self.feed, |feed| feed.readers.any() || feed.has_started());
             return;
         }
         let (hub, feed) = (self.hub.clone(), self.feed.clone());
-        let desertion = feed.desertions.fetch_add(1, Ordering::AcqRel) + 1;
         self.hub.0.tasks.spawn(async move {
             tokio::time::sleep(hub.0.settings.feed.linger).await;
-            let is_wanted = |feed: &Feed| feed.is_read() || feed.desertions.load(Ordering::Acquire) != desertion;
-            if hub.forget(&feed, is_wanted) {
+            if hub.forget(&feed, |feed| feed.readers.any_since(desertion)) {
                 feed.close();
             }
         });
@@ -206,8 +207,7 @@ impl Feed {
     pub(super) fn new(filter: Filter) -> Feed {
         Feed {
             filter,
-            readers: AtomicUsize::new(0),
-            desertions: AtomicU64::new(0),
+            readers: Readers::default(),
             start: OnceCell::new(),
             state: Mutex::default(),
             moves: AtomicU64::new(0),
@@ -221,10 +221,6 @@ impl Feed {
 
     fn epoch(&self) -> Epoch {
         self.start.get().expect("a feed is read only once it has started").epoch
-    }
-
-    fn is_read(&self) -> bool {
-        self.readers.load(Ordering::Acquire) > 0
     }
 
     /// Tells one move from the next.

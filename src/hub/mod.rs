@@ -13,14 +13,19 @@ mod log;
 mod model;
 mod pages;
 mod resume;
+mod shelf;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, atomic::Ordering},
-    time::Duration,
-};
+/// What `shelf` is made of; another one where every order is tried.
+mod sync {
+    pub use std::sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+}
+
+use std::{sync::Arc, time::Duration};
 
 use rand::RngExt;
 use tokio::sync::Semaphore;
@@ -29,6 +34,7 @@ use self::{
     backoff::Backoff,
     feed::{Feed, Reader},
     pages::{Pages, SharedPage},
+    shelf::{Forgotten, Shelf},
 };
 pub use self::{
     cursor::{Cursor, Frame},
@@ -53,7 +59,7 @@ pub struct Hub(Arc<Inner>);
 
 struct Inner {
     broker: SharedBroker,
-    feeds: Mutex<HashMap<Filter, Arc<Feed>>>,
+    feeds: Shelf<Filter, Feed>,
     settings: Settings,
     /// Bounds the pages of history that are read for clients at the same time. Fair: first come, first served.
     history: Semaphore,
@@ -90,7 +96,7 @@ impl Hub {
     pub fn start(broker: SharedBroker, settings: Settings, metrics: Arc<Metrics>, tasks: Tasks) -> Hub {
         let hub = Hub(Arc::new(Inner {
             broker,
-            feeds: Mutex::default(),
+            feeds: Shelf::new(),
             history: Semaphore::new(settings.history.concurrency),
             repairs: Semaphore::new(settings.history.concurrency),
             pages: Pages::new(settings.history.shared_pages),
@@ -121,30 +127,20 @@ impl Hub {
     /// The feed of `filter`, made if there is none, and kept at least as long as the reader that comes back. It may
     /// not have started yet.
     fn reader(&self, filter: &Filter) -> Reader {
-        let mut feeds = self.feeds();
-        let feed = feeds.entry(filter.clone()).or_insert_with(|| {
+        let feed = self.0.feeds.take(filter, || {
             self.0.metrics.feeds.inc();
-            Arc::new(Feed::new(filter.clone()))
+            Feed::new(filter.clone())
         });
-        feed.readers.fetch_add(1, Ordering::AcqRel);
-        Reader { feed: feed.clone(), hub: self.clone() }
+        Reader { feed, hub: self.clone() }
     }
 
     /// Forgets `feed` if `unless` does not say otherwise while no reader can come or go.
     fn forget(&self, feed: &Arc<Feed>, unless: impl FnOnce(&Feed) -> bool) -> bool {
-        let mut feeds = self.feeds();
-        if unless(feed) {
-            return false;
-        }
-        if feeds.get(&feed.filter).is_some_and(|known| Arc::ptr_eq(known, feed)) {
-            feeds.remove(&feed.filter);
+        let forgotten = self.0.feeds.forget(&feed.filter, feed, unless);
+        if forgotten == Forgotten::Now {
             self.0.metrics.feeds.dec();
         }
-        true
-    }
-
-    fn feeds(&self) -> std::sync::MutexGuard<'_, HashMap<Filter, Arc<Feed>>> {
-        self.0.feeds.lock().expect("no panic happens while the feeds are held")
+        forgotten != Forgotten::No
     }
 
     /// Reads a page for a feed, in its turn.
@@ -216,7 +212,7 @@ impl Hub {
     /// Compares every feed with the stream, once. Exact filters are asked for together; their position moves on with
     /// the stream's while they are quiet. Those with wildcards read for themselves.
     async fn audit(&self) -> Result<(), BrokerError> {
-        let feeds: Vec<_> = self.feeds().values().filter(|feed| feed.has_started()).cloned().collect();
+        let feeds: Vec<_> = self.0.feeds.all().into_iter().filter(|feed| feed.has_started()).collect();
         let mut exact = vec![];
         for feed in feeds {
             match feed.filter.exact() {

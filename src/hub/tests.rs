@@ -572,13 +572,13 @@ async fn a_feed_is_kept_a_little_longer_than_its_last_reader() {
     let (_, cursor) = subscribe(&hub, "a", from(StartAt::Now)).await;
     drop(cursor);
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(hub.feeds().len(), 1);
+    assert_eq!(hub.0.feeds.all().len(), 1);
     let (_, cursor) = subscribe(&hub, "a", from(StartAt::Now)).await;
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert_eq!(hub.feeds().len(), 1, "a reader has come back");
+    assert_eq!(hub.0.feeds.all().len(), 1, "a reader has come back");
     drop(cursor);
     tokio::time::sleep(Duration::from_secs(6)).await;
-    assert_eq!(hub.feeds().len(), 0);
+    assert_eq!(hub.0.feeds.all().len(), 0);
 }
 
 /// Readers come and go while the feed that they share is being started, left, forgotten and made again on other threads.
@@ -612,7 +612,7 @@ async fn feeds_that_come_and_go_on_many_threads_lose_nothing_and_leave_nothing()
     }
     clients.join_all().await;
     let is_empty = async {
-        while !hub.feeds().is_empty() {
+        while !hub.0.feeds.all().is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
