@@ -17,14 +17,6 @@ mod shelf;
 #[cfg(test)]
 mod tests;
 
-/// What `shelf` is made of; another one where every order is tried.
-mod sync {
-    pub use std::sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    };
-}
-
 use std::{sync::Arc, time::Duration};
 
 use rand::RngExt;
@@ -49,6 +41,14 @@ use crate::{
     sse::Format,
     subject::Filter,
 };
+
+/// What `shelf` is made of; another one where every order is tried.
+mod sync {
+    pub use std::sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+}
 
 /// Exact filters that one audit request asks for together.
 const AUDIT_SUBJECTS_MAX: usize = 256;
