@@ -3,12 +3,17 @@
 
 mod auth;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use figment::{
     Figment,
     providers::{Env, Format, Serialized, Toml},
 };
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
 pub use self::auth::{ApiKey, Auth, AuthMode, Jwt, Policy, Rights, Secret};
@@ -23,6 +28,10 @@ pub const DEFAULTS: &str = include_str!("config.default.toml");
 pub struct Config {
     pub listen: SocketAddr,
     pub admin_listen: SocketAddr,
+    #[serde(deserialize_with = "networks")]
+    pub trusted_proxies: Vec<IpNet>,
+    pub address_header: AddressHeader,
+    pub cors: Cors,
     pub log: Log,
     pub auth: Auth,
     pub sse: Sse,
@@ -33,6 +42,23 @@ pub struct Config {
     pub drain: Drain,
     pub embedded: Embedded,
     pub nats: Nats,
+}
+
+/// The header in which trusted proxies name the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AddressHeader {
+    XForwardedFor,
+    Forwarded,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cors {
+    pub origins: Vec<String>,
+    pub credentials: bool,
+    #[serde(deserialize_with = "duration")]
+    pub max_age: Duration,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -104,8 +130,22 @@ pub struct Limits {
     pub keep_alive: Duration,
     #[serde(deserialize_with = "duration")]
     pub body_pause: Duration,
+    #[serde(deserialize_with = "duration")]
+    pub body: Duration,
     #[serde(deserialize_with = "positive")]
     pub connections: usize,
+    // What one address or principal may have. 0 is without limit.
+    pub address_connections: usize,
+    pub address_streams: usize,
+    pub principal_streams: usize,
+    pub address_attempts: u32,
+    pub address_attempts_burst: u32,
+    pub publishes: u32,
+    pub publishes_burst: u32,
+    pub publish_bytes: u32,
+    pub publish_bytes_burst: u32,
+    #[serde(deserialize_with = "positive")]
+    pub tracked: usize,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -213,8 +253,30 @@ impl Config {
         if self.limits.line_bytes < self.limits.event_bytes {
             return rule("limits.line_bytes is less than limits.event_bytes: a line holds a whole event".into());
         }
+        let limits = &self.limits;
+        for (key, rate, burst) in [
+            ("address_attempts", limits.address_attempts, limits.address_attempts_burst),
+            ("publishes", limits.publishes, limits.publishes_burst),
+            ("publish_bytes", limits.publish_bytes, limits.publish_bytes_burst),
+        ] {
+            if rate > 0 && burst == 0 {
+                return rule(format!("limits.{key}_burst is 0, which lets nothing pass: limits.{key} = 0 is no limit"));
+            }
+        }
+        if let Some(origin) = self.cors.origins.iter().find(|origin| !is_origin(origin)) {
+            return rule(format!(
+                "cors.origins has {origin:?}, but holds origins such as \"https://app.example.com\", or \"*\""
+            ));
+        }
         Ok(self)
     }
+}
+
+/// Whether a text is what browsers send as an `Origin` (RFC 6454, section 6.2), or stands for all of them.
+fn is_origin(text: &str) -> bool {
+    let host = ["https://", "http://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._:[]".contains(c);
+    text == "*" || host.is_some_and(|host| !host.is_empty() && host.chars().all(allowed))
 }
 
 fn rule<T>(text: String) -> Result<T, ConfigError> {
@@ -251,6 +313,16 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
         _ => return None,
     };
     Some(Duration::from_millis(number.checked_mul(millis)?))
+}
+
+/// Networks such as `"10.0.0.0/8"` or `"2001:db8::/32"`, or single addresses.
+fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    let parse = |text: String| {
+        let network = text.parse().ok().or_else(|| text.parse().ok().map(|address: IpAddr| address.into()));
+        network.ok_or_else(|| de::Error::custom(format!("{text:?} is no address or network such as \"10.0.0.0/8\"")))
+    };
+    texts.into_iter().map(parse).collect()
 }
 
 fn positive<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
@@ -295,9 +367,41 @@ mod tests {
             ("auth.cookie", "a=b", "no cookie's name"),
             ("auth.jwt.jwks_url", "id.example.com/jwks", "begins with https://"),
             ("auth.jwt.leeway", "1h", "more than"),
+            ("address_header", "x-real-ip", "unknown variant"),
         ] {
             let error = Config::load(None, vec![(key, value.into())]).unwrap_err().to_string();
             assert!(error.contains(said), "{key} = {value}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_rate_needs_a_burst() {
+        let mut config = Config::load(None, vec![]).unwrap();
+        config.limits.publishes_burst = 0;
+        assert!(config.clone().check().unwrap_err().to_string().contains("lets nothing pass"));
+        config.limits.publishes = 0;
+        assert!(config.check().is_ok());
+    }
+
+    #[test]
+    fn a_network_is_an_address_or_many() {
+        let parse = |texts: &[&str]| networks(serde_json::to_value(texts).unwrap()).map_err(|error| error.to_string());
+        let parsed = parse(&["10.0.0.0/8", "::1", "192.0.2.1"]).unwrap();
+        assert_eq!(
+            parsed.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["10.0.0.0/8", "::1/128", "192.0.2.1/32"]
+        );
+        assert!(parse(&["10.0.0.0/33"]).unwrap_err().contains("no address or network"));
+        assert!(parse(&["example.com"]).unwrap_err().contains("no address or network"));
+    }
+
+    #[test]
+    fn an_origin_is_what_browsers_send() {
+        for good in ["*", "https://app.example.com", "http://localhost:5173", "http://[::1]:8080"] {
+            assert!(is_origin(good), "{good}");
+        }
+        for bad in ["", "null", "app.example.com", "https://", "https://a/", "https://A", "https://*.a", "ftp://a"] {
+            assert!(!is_origin(bad), "{bad}");
         }
     }
 }

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{self, Config},
     hub::{Cursor, Frame, Opening, jittered},
+    limits::Place,
     metrics::Metrics,
     shutdown::Tasks,
     sse,
@@ -64,6 +65,7 @@ struct Shared {
 pub struct Admission {
     deliveries: Deliveries,
     slot: OwnedSemaphorePermit,
+    place: Place,
 }
 
 /// Why a stream has ended.
@@ -99,10 +101,10 @@ impl Deliveries {
         }))
     }
 
-    /// Room for one more stream, if there is.
-    pub fn admit(&self) -> Option<Admission> {
+    /// Room for one more stream, if there is. It keeps its client's place until it has ended.
+    pub fn admit(&self, place: Place) -> Option<Admission> {
         let slot = self.0.slots.clone().try_acquire_owned().ok()?;
-        Some(Admission { deliveries: self.clone(), slot })
+        Some(Admission { deliveries: self.clone(), slot, place })
     }
 
     /// Ends every stream at its own moment, and waits until the last has ended.
@@ -131,7 +133,7 @@ impl Admission {
         cursor: Cursor,
         expires: Option<Timestamp>,
     ) -> io::Result<()> {
-        let Admission { deliveries, slot } = self;
+        let Admission { deliveries, slot, place } = self;
         // The latency of the last piece of a burst is worth more than full packets.
         socket.set_nodelay(true)?;
         socket2::SockRef::from(&socket).set_tcp_notsent_lowat(NOTSENT_BYTES)?;
@@ -148,7 +150,7 @@ impl Admission {
             delivery.deliveries.metrics.streams.inc();
             let end = delivery.run().await;
             // Before the metric says so, there is room for another.
-            drop(slot);
+            drop((slot, place));
             delivery.deliveries.metrics.streams.dec();
             delivery.deliveries.metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
         });

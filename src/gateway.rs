@@ -15,8 +15,13 @@ use crate::{
     broker::{SharedBroker, embedded::Embedded, nats::Nats},
     config::Config,
     delivery::Deliveries,
-    http,
+    http::{
+        self,
+        address::Proxies,
+        cors::{Cors, Unlisted},
+    },
     hub::{self, Hub},
+    limits::Limits,
     metrics::Metrics,
     shutdown::Tasks,
 };
@@ -85,6 +90,7 @@ impl Gateway {
         let deliveries = Deliveries::new(&config, metrics.clone(), Tasks::new(Handle::current()));
         let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
         let (access, is_open) = (auth.describe(), auth.is_open());
+        let unlisted = if auth.is_local_only() { Unlisted::Loopback } else { Unlisted::Anyone };
         let app = http::App {
             auth,
             hub,
@@ -94,6 +100,9 @@ impl Gateway {
             metrics,
             runtime: Handle::current(),
             limits: config.limits.clone(),
+            shares: Limits::new(&config.limits),
+            proxies: Proxies::new(config.trusted_proxies.clone(), config.address_header),
+            cors: Cors::new(&config.cors, unlisted),
             draining: draining.clone(),
         };
         let servers = Servers::start(app, public, admin).await?;

@@ -7,17 +7,18 @@
 //! # The way of an event
 //!
 //! ```text
-//! publish:    http::publish, http::batch -> auth -> broker
-//! subscribe:  http::subscribe -> auth -> hub: Cursor <- Feed <- broker (live hints, history)
+//! publish:    http::publish, http::batch -> auth -> limits -> broker
+//! subscribe:  http::subscribe -> auth -> limits -> hub: Cursor <- Feed <- broker (live hints, history)
 //!                     \-> http::connection: the socket leaves the HTTP server -> delivery
 //! ```
 //!
 //! | module | is for | uses |
 //! |---|---|---|
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
-//! | [`http`] | the URL space, requests and problems; hands sockets over | auth, delivery, hub, broker, sse |
+//! | [`http`] | the URL space, requests and problems; hands sockets over | auth, limits, delivery, hub, broker, sse |
 //! | [`auth`] | who somebody is, and what they may do | subject |
-//! | [`delivery`] | the lean task that writes one stream to one socket | hub, sse |
+//! | [`delivery`] | the lean task that writes one stream to one socket | limits, hub, sse |
+//! | [`limits`] | how much one address or principal may ask for | |
 //! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
 //! | [`broker`] | the one trait, and its two implementations | event |
 //! | [`sse`] | event -> bytes; pure | event |
@@ -38,7 +39,7 @@
 //! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
 //! - *Refused unseen*: what somebody may not do is decided from names alone, before anything is looked up; a bad token
 //!   is never taken for none.
-//! - *Bounded*: every queue, cache and wait has a limit with a name.
+//! - *Bounded*: every queue, cache and wait has a limit with a name, and so has what one client may have of them.
 //!
 //! # Walkthrough: a publish
 //!
@@ -64,6 +65,7 @@ pub mod event;
 pub mod gateway;
 pub mod http;
 pub mod hub;
+pub mod limits;
 pub mod metrics;
 pub mod position;
 pub mod shutdown;

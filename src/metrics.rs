@@ -63,6 +63,7 @@ metrics! {
     history_events: IntCounter("tidegate_history_events_total", "Events in pages of history read on behalf of clients.");
     refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code"]);
     jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome"]);
+    connections_refused: IntCounter("tidegate_connections_refused_total", "Connections closed at once: their address had as many as it may have.");
     broker_up: IntGauge("tidegate_broker_up", "1 while the broker can be reached.");
     broker_connections: IntCounter("tidegate_broker_connections_total", "Connections to the broker that were made, the first ones included.");
     broker_round_trip_seconds: Gauge("tidegate_broker_round_trip_seconds", "How long the broker took to answer the last question about the stream.");

@@ -320,7 +320,9 @@ fn a_refusal_is_the_same_whether_the_subject_exists_or_not() {
     let answers = ["there", "gone."].map(|subject| {
         let subject = subject.trim_end_matches('.');
         let target = format!("/events/{subject}?from=first");
-        let answer = gateway.ask(get(&target).bearer(&reader(&["other"])).header("Last-Event-ID", &stored));
+        let answer = gateway.ask(
+            get(&target).bearer(&reader(&["other"])).header("Last-Event-ID", &stored).header("X-Request-Id", "id"),
+        );
         answer.text().replace(subject, "SUBJECT")
     });
     assert_eq!(answers[0], answers[1]);

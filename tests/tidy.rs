@@ -12,10 +12,11 @@ use tidegate::{http::error::Code, metrics::Metrics};
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["gateway", "auth", "config", "subject"]),
-    ("gateway", &["http", "auth", "delivery", "hub", "broker", "metrics", "shutdown", "config"]),
-    ("http", &["auth", "delivery", "hub", "broker", "sse", "event", "subject", "metrics", "config"]),
+    ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "shutdown", "config"]),
+    ("http", &["auth", "delivery", "limits", "hub", "broker", "sse", "event", "subject", "metrics", "config"]),
     ("auth", &["subject", "metrics", "shutdown", "config"]),
-    ("delivery", &["hub", "sse", "metrics", "shutdown", "config"]),
+    ("delivery", &["limits", "hub", "sse", "metrics", "shutdown", "config"]),
+    ("limits", &["config"]),
     ("hub", &["broker", "sse", "position", "event", "subject", "metrics", "shutdown", "config"]),
     ("position", &["event", "subject"]),
     ("broker", &["event", "subject", "config"]),
@@ -35,6 +36,8 @@ const OWNED: &[(&str, &[&str])] = &[
     ("jsonwebtoken", &["auth"]),
     ("ureq", &["auth/jwks"]),
     ("subtle", &["auth"]),
+    ("governor", &["limits"]),
+    ("ipnet", &["http/address", "config"]),
     ("prometheus", &["metrics"]),
     ("figment", &["config"]),
     ("clap", &["main"]),

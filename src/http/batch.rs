@@ -28,12 +28,14 @@ use serde_json::value::RawValue;
 use super::{
     App,
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
+    passage::caller,
     publish::{Receipt, check_coding, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
     who,
 };
 use crate::{
     auth::Principal,
     broker::{Condition, Publication},
+    limits::{Caller, Limits, Wait},
 };
 
 /// Types that mean one JSON value a line.
@@ -48,11 +50,12 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
     let principal = match check(&app, &request).await {
         Ok(principal) => principal,
-        Err(error) => return app.refuse(&error),
+        Err(error) => return app.refuse(&request, &error),
     };
     let behind_proxy = request.headers().contains_key(REFUSAL_HEADER);
     let mut batch = Batch {
         lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max: app.limits.line_bytes },
+        toll: Toll { shares: app.shares.clone(), caller: caller(&request, &principal), held: None },
         waiting: FuturesOrdered::new(),
         number: 0,
         ended: false,
@@ -87,6 +90,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> {
     let query = app.query(request, &[])?;
     let principal = who::identify(app, request, &query).await?;
+    app.cors.check_publish(request.headers())?;
     who::check_publish_anything(&principal)?;
     check_coding(request)?;
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
@@ -108,6 +112,7 @@ struct Batch {
     principal: Principal,
     app: web::Data<App>,
     lines: Lines,
+    toll: Toll,
     waiting: FuturesOrdered<BoxFuture<'static, Answer>>,
     /// Of the line read last, from 1.
     number: u64,
@@ -157,12 +162,17 @@ impl Batch {
                 Some(answer) = self.waiting.next(), if !self.waiting.is_empty() => {
                     return Next::Answer(self.write(answer));
                 }
-                line = self.lines.next(), if reads => match line {
+                line = self.toll.next(&mut self.lines), if reads => match line {
                     ControlFlow::Break(()) => self.ended = true,
                     ControlFlow::Continue(line) => self.take(line).await,
                 },
                 () = app.drained(), if reads => {}
-                () = tokio::time::sleep(pause) => return Next::Pause,
+                () = tokio::time::sleep(pause) => {
+                    // A sender that is made to wait has not paused: it would be made to wait for ever by the nginx above.
+                    if self.toll.held.is_none() {
+                        return Next::Pause;
+                    }
+                }
             }
         }
     }
@@ -243,6 +253,41 @@ struct Lines {
     /// The line that is arriving has been too long for some time; what comes of it is dropped.
     overlong: bool,
     bytes_max: usize,
+}
+
+/// Slows a batch down to what its sender may publish: the next line is read when the one before has been counted.
+struct Toll {
+    shares: Limits,
+    caller: Caller,
+    held: Option<(Line, Due)>,
+}
+
+/// What a line has yet to be counted by.
+enum Due {
+    Event,
+    Bytes,
+}
+
+impl Toll {
+    /// The next of `lines`, once it may be published. As [`Lines::next`], it may be dropped at any await.
+    async fn next(&mut self, lines: &mut Lines) -> ControlFlow<(), Line> {
+        if self.held.is_none() {
+            self.held = Some((lines.next().await?, Due::Event));
+        }
+        while let Err(Wait(wait)) = self.pay() {
+            tokio::time::sleep(wait).await;
+        }
+        ControlFlow::Continue(self.held.take().expect("it was held above").0)
+    }
+
+    fn pay(&mut self) -> Result<(), Wait> {
+        let Some((Line::Whole(line), due)) = &mut self.held else { return Ok(()) };
+        if let Due::Event = due {
+            self.shares.publish(&self.caller)?;
+            *due = Due::Bytes;
+        }
+        self.shares.publish_bytes(&self.caller, line.len())
+    }
 }
 
 enum Line {

@@ -29,6 +29,7 @@ use tokio::{
 };
 
 use self::target::Target;
+use crate::limits::Place;
 
 /// The transport of one connection.
 pub struct Connection {
@@ -36,6 +37,8 @@ pub struct Connection {
     target: Target,
     /// Encoded bytes that had no room yet.
     encoded: BytesMut,
+    /// Among the connections of its peer, as long as it is not a stream.
+    _place: Place,
 }
 
 /// Where the socket is as long as it has not left. Handlers find it in the request's connection data.
@@ -46,9 +49,9 @@ pub struct Slot {
 }
 
 impl Connection {
-    pub fn new(socket: TcpStream) -> Connection {
+    pub fn new(socket: TcpStream, place: Place) -> Connection {
         let slot = Slot { socket: RefCell::new(Some(socket)), flushed: Cell::new(false), waker: RefCell::default() };
-        Connection { slot: Rc::new(slot), target: Target::new(), encoded: BytesMut::new() }
+        Connection { slot: Rc::new(slot), target: Target::new(), encoded: BytesMut::new(), _place: place }
     }
 
     pub fn slot(&self) -> Rc<Slot> {

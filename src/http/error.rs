@@ -8,9 +8,11 @@ use actix_web::{
 };
 use serde::Serialize;
 
+use super::passage::request_id;
 use crate::{
     auth::Refusal,
     broker::{BrokerError, PublishError},
+    limits::{TooMany, Wait},
     sse,
 };
 
@@ -59,6 +61,7 @@ codes! {
     InvalidToken = 401 "invalid_token" "The token or key is not good";
     Forbidden = 403 "forbidden" "This is not allowed";
     OpenOnlyLocally = 403 "open_only_locally" "This gateway is for its own machine only";
+    OriginNotAllowed = 403 "origin_not_allowed" "Pages of this origin may not do this";
     NotFound = 404 "not_found" "There is nothing here";
     MethodNotAllowed = 405 "method_not_allowed" "This method is not for this resource";
     BodyTimeout = 408 "body_timeout" "The body took too long";
@@ -66,6 +69,11 @@ codes! {
     EventTooLarge = 413 "event_too_large" "The event is too large";
     LineTooLong = 413 "line_too_long" "The line is too long";
     UnsupportedMediaType = 415 "unsupported_media_type" "The body is of a type or encoding that is not taken here";
+    TooManyAttempts = 429 "too_many_attempts" "This address asks for streams too often";
+    TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "This address has no room for another stream";
+    TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "You have no room for another stream";
+    TooManyPublishes = 429 "too_many_publishes" "You publish too many events a second";
+    TooManyBytes = 429 "too_many_bytes" "You publish too many bytes a second";
     Internal = 500 "internal" "This should not have happened";
     BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached; nothing was stored";
     BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
@@ -81,6 +89,8 @@ pub struct ApiError {
     pub code: Code,
     detail: String,
     allow: Option<&'static str>,
+    /// How long it takes until the same request may succeed, where that is known.
+    wait: Option<Duration>,
 }
 
 #[derive(Serialize)]
@@ -90,11 +100,18 @@ pub struct Problem<'a> {
     pub title: &'static str,
     #[serde(skip_serializing_if = "str::is_empty")]
     pub detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<&'a str>,
 }
 
 impl ApiError {
     pub fn new(code: Code, detail: impl Into<String>) -> ApiError {
-        ApiError { code, detail: detail.into(), allow: None }
+        ApiError { code, detail: detail.into(), allow: None, wait: None }
+    }
+
+    /// The refusal of a request that went over a rate.
+    pub fn over_rate(code: Code, Wait(wait): Wait) -> ApiError {
+        ApiError { wait: Some(wait), ..ApiError::new(code, "") }
     }
 
     pub fn method_not_allowed(allow: &'static str) -> ApiError {
@@ -107,19 +124,14 @@ impl ApiError {
             code: self.code.as_str(),
             title: self.code.title(),
             detail: &self.detail,
+            request_id: None,
         }
     }
 
     /// Whether the same request may succeed later.
     fn will_pass(&self) -> bool {
-        matches!(
-            self.code,
-            Code::BrokerUnavailable
-                | Code::BrokerRefused
-                | Code::Draining
-                | Code::TooManyStreams
-                | Code::KeysUnavailable
-        )
+        let status = self.code.status();
+        status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::SERVICE_UNAVAILABLE
     }
 
     /// What a client is to bring (RFC 6750, section 3).
@@ -133,7 +145,7 @@ impl ApiError {
     }
 
     /// The answer to a request that is not for a stream.
-    pub fn response(&self) -> HttpResponse {
+    pub fn response(&self, request: &HttpRequest) -> HttpResponse {
         let mut response = HttpResponse::build(self.code.status());
         response.content_type("application/problem+json").insert_header((header::CACHE_CONTROL, "no-store"));
         if let Some(allow) = self.allow {
@@ -143,9 +155,12 @@ impl ApiError {
             response.insert_header((header::WWW_AUTHENTICATE, challenge));
         }
         if self.will_pass() {
-            response.insert_header((header::RETRY_AFTER, RETRY_AFTER.as_secs()));
+            let seconds = self.wait.unwrap_or(RETRY_AFTER).as_secs_f64().ceil().max(1.0);
+            response.insert_header((header::RETRY_AFTER, seconds as u64));
         }
-        response.body(serde_json::to_string(&self.problem()).expect("strings and numbers always serialize"))
+        let request_id = request_id(request);
+        let problem = Problem { request_id: request_id.as_deref(), ..self.problem() };
+        response.body(serde_json::to_string(&problem).expect("strings and numbers always serialize"))
     }
 
     /// The answer to a request for a stream. An EventSource gives up for good on anything but 200 (WHATWG HTML,
@@ -157,8 +172,10 @@ impl ApiError {
         let asks_for_status =
             request.headers().get(REFUSAL_HEADER).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"status"));
         if !self.will_pass() || !is_event_source || asks_for_status {
-            return self.response();
+            return self.response(request);
         }
+        // Clients that are to wait for a rate come back spread out like all others.
+        let retry = self.wait.unwrap_or_default() + retry;
         HttpResponse::Ok()
             .content_type("text/event-stream")
             .insert_header((header::CACHE_CONTROL, "no-store"))
@@ -186,6 +203,16 @@ impl From<BrokerError> for ApiError {
     fn from(error: BrokerError) -> ApiError {
         tracing::warn!(%error, "the broker could not serve a request");
         ApiError::new(Code::BrokerUnavailable, "")
+    }
+}
+
+impl From<TooMany> for ApiError {
+    fn from(too_many: TooMany) -> ApiError {
+        let code = match too_many {
+            TooMany::OfAddress => Code::TooManyStreamsOfAddress,
+            TooMany::OfPrincipal => Code::TooManyStreamsOfPrincipal,
+        };
+        ApiError::new(code, "")
     }
 }
 

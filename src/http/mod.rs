@@ -1,8 +1,11 @@
 //! The public listener: the whole URL space, from bytes on a socket to calls of the hub and the broker.
 
+pub mod address;
 mod batch;
 mod connection;
+pub mod cors;
 pub mod error;
+mod passage;
 mod publish;
 mod query;
 mod subscribe;
@@ -11,30 +14,35 @@ mod who;
 use std::{
     convert::Infallible,
     io,
-    net::TcpListener,
+    net::{IpAddr, TcpListener},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use actix_http::{HttpService, KeepAlive};
+use actix_http::{HttpService, KeepAlive, error::DispatchError};
 use actix_server::{Server, ServerBuilder};
 use actix_service::{IntoServiceFactory, ServiceFactoryExt, fn_service, map_config};
-use actix_web::{HttpRequest, HttpResponse, Resource, dev::AppConfig, http::StatusCode, web};
+use actix_web::{
+    HttpRequest, HttpResponse, Resource, dev::AppConfig, guard::fn_guard, http::StatusCode, middleware::from_fn, web,
+};
 use futures_util::future::BoxFuture;
 use tokio::{net::TcpStream, runtime::Handle};
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    address::Proxies,
     connection::Connection,
+    cors::Cors,
     error::{ApiError, Code},
     query::Query,
 };
 use crate::{
     auth::Auth,
     broker::{Health, Publication, Publish, PublishError, Published, SharedBroker},
-    config::Limits,
+    config,
     delivery::Deliveries,
     hub::Hub,
+    limits::{Limits, Place},
     metrics::{Metrics, Now},
 };
 
@@ -53,7 +61,11 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Where streams and feeds run.
     pub runtime: Handle,
-    pub limits: Limits,
+    pub limits: config::Limits,
+    /// What one address or principal may have of it.
+    pub shares: Limits,
+    pub proxies: Proxies,
+    pub cors: Cors,
     /// Cancelled when the node begins to drain.
     pub draining: CancellationToken,
 }
@@ -94,11 +106,13 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
         .shutdown_timeout(5);
     let stopping = builder.graceful_shutdown_signal();
     let service = move || {
+        let shared = Arc::new(app.clone());
         let data = {
             let app = app.clone();
             move || app.clone().of_worker()
         };
-        let service = actix_web::App::new().data_factory(data).configure(routes).into_factory();
+        let service =
+            actix_web::App::new().data_factory(data).configure(routes).wrap(from_fn(passage::escort)).into_factory();
         let stopping = stopping.clone();
         let stopped = move || {
             let stopping = stopping.clone();
@@ -114,9 +128,15 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
                 data.insert(connection.slot());
             })
             .h1(map_config(service.map_err(|error| error.error_response()), |_| AppConfig::default()));
-        fn_service(|socket: TcpStream| async {
-            let peer = socket.peer_addr().ok();
-            Ok((Connection::new(socket), peer))
+        fn_service(move |socket: TcpStream| {
+            let app = shared.clone();
+            async move {
+                let peer = socket.peer_addr().map_err(DispatchError::Io)?;
+                match app.place_for(peer.ip()) {
+                    Some(place) => Ok((Connection::new(socket, place), Some(peer))),
+                    None => Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into())),
+                }
+            }
         })
         .and_then(http)
     };
@@ -138,15 +158,17 @@ pub fn serve_admin(app: App, listener: TcpListener) -> io::Result<Server> {
 
 /// A resource whose other methods are refused by name. HEAD among them: a stream has no length to ask for.
 fn events(path: &str) -> Resource {
-    web::resource(path.to_owned()).default_service(web::to(method_not_allowed))
+    web::resource(path.to_owned())
+        .route(web::route().guard(fn_guard(cors::is_preflight)).to(cors::preflight))
+        .default_service(web::to(method_not_allowed))
 }
 
-async fn method_not_allowed(app: web::Data<App>) -> HttpResponse {
-    app.refuse(&ApiError::method_not_allowed("GET, POST"))
+async fn method_not_allowed(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
+    app.refuse(&request, &ApiError::method_not_allowed("GET, POST"))
 }
 
-async fn not_found(app: web::Data<App>) -> HttpResponse {
-    app.refuse(&ApiError::new(Code::NotFound, "events are read and published at /events/{subject}"))
+async fn not_found(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
+    app.refuse(&request, &ApiError::new(Code::NotFound, "events are read and published at /events/{subject}"))
 }
 
 async fn metrics(app: web::Data<App>) -> HttpResponse {
@@ -217,6 +239,18 @@ impl App {
         self.draining.cancelled().await;
     }
 
+    /// Room for one more connection of this peer, if it may have one. A proxy's are those of all its clients.
+    fn place_for(&self, peer: IpAddr) -> Option<Place> {
+        if self.proxies.trust(peer) {
+            return Some(Place::uncounted());
+        }
+        let place = self.shares.open_connection(peer);
+        if place.is_none() {
+            self.metrics.connections_refused.inc();
+        }
+        place
+    }
+
     /// Hands an event to the broker. What comes back resolves once it is stored, or is not.
     async fn publish(&self, publication: Publication) -> Result<Receipt, ApiError> {
         let (began, metrics) = (Instant::now(), self.metrics.clone());
@@ -234,9 +268,9 @@ impl App {
         self.metrics.refusals.with_label_values(&[error.code.as_str()]).inc();
     }
 
-    fn refuse(&self, error: &ApiError) -> HttpResponse {
+    fn refuse(&self, request: &HttpRequest, error: &ApiError) -> HttpResponse {
         self.count_refusal(error);
-        error.response()
+        error.response(request)
     }
 
     fn refuse_stream(&self, request: &HttpRequest, error: &ApiError) -> HttpResponse {

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{
     App,
     error::{ApiError, Code},
+    passage::caller,
     query::subject_in_path,
     who,
 };
@@ -39,13 +40,14 @@ impl<'a> Receipt<'a> {
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
     match store(&app, &request, payload).await {
         Ok(response) => response,
-        Err(error) => app.refuse(&error),
+        Err(error) => app.refuse(&request, &error),
     }
 }
 
 async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let query = app.query(request, &["type", "ttl"])?;
     let principal = who::identify(app, request, &query).await?;
+    app.cors.check_publish(request.headers())?;
     let subject = parse_subject(&subject_in_path(request)?)?;
     who::check_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;
@@ -53,7 +55,11 @@ async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Resul
     let key = header_text(request, "Idempotency-Key")?.map(parse_key).transpose()?;
     let condition = condition(request)?;
     check_coding(request)?;
+    let caller = caller(request, &principal);
+    app.shares.publish(&caller).map_err(|wait| ApiError::over_rate(Code::TooManyPublishes, wait))?;
     let payload = read_body(app, request, payload).await?;
+    let bytes = app.shares.publish_bytes(&caller, payload.len());
+    bytes.map_err(|wait| ApiError::over_rate(Code::TooManyBytes, wait))?;
     let publication = Publication { subject: subject.clone(), kind, payload, ttl, key, condition };
     let published = app.publish(publication).await?.await?;
     Ok(HttpResponse::Created().json(Receipt::new(published, &subject)))
@@ -132,7 +138,14 @@ pub fn check_coding(request: &HttpRequest) -> Result<(), ApiError> {
     Ok(())
 }
 
-async fn read_body(app: &App, request: &HttpRequest, mut payload: web::Payload) -> Result<Bytes, ApiError> {
+/// The whole body, which may pause, and may as a whole take, only for so long: bytes that come one by one for ever are
+/// none that anybody waits for.
+async fn read_body(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<Bytes, ApiError> {
+    let read = tokio::time::timeout(app.limits.body, read_pieces(app, request, payload));
+    read.await.unwrap_or_else(|_| Err(ApiError::new(Code::BodyTimeout, "it did not arrive whole in time")))
+}
+
+async fn read_pieces(app: &App, request: &HttpRequest, mut payload: web::Payload) -> Result<Bytes, ApiError> {
     let bytes_max = app.limits.event_bytes;
     let too_large = || ApiError::new(Code::EventTooLarge, format!("an event has at most {bytes_max} bytes"));
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());

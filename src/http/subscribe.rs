@@ -9,6 +9,7 @@ use super::{
     App,
     connection::{Handoff, Slot},
     error::{ApiError, Code},
+    passage::{address, caller},
     query::{Query, subject_in_path},
     who,
 };
@@ -53,6 +54,8 @@ async fn respond(
     filters: impl FnOnce(&Query) -> Result<Vec<Filter>, ApiError>,
 ) -> HttpResponse {
     let opened = async {
+        let attempt = app.shares.attempt(address(request));
+        attempt.map_err(|wait| ApiError::over_rate(Code::TooManyAttempts, wait))?;
         let query = app.query(request, known)?;
         let principal = who::identify(app, request, &query).await?;
         let wish = Wish::read(filters(&query)?, &query, request)?;
@@ -96,7 +99,8 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principa
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
-    let admission = app.deliveries.admit().ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
+    let place = app.shares.open_stream(&caller(request, principal))?;
+    let admission = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
     let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
     let Wish { filters, start, format } = wish;
     let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;

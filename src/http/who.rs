@@ -5,7 +5,10 @@
 
 use std::borrow::Cow;
 
-use actix_web::{HttpRequest, http::header};
+use actix_web::{
+    HttpRequest,
+    http::header::{self, HeaderValue},
+};
 
 use super::{
     App,
@@ -23,7 +26,7 @@ pub const TOKEN: &str = "token";
 /// Who sends `request`.
 pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result<Principal, ApiError> {
     if app.auth.is_local_only() {
-        check_local(request)?;
+        check_local(app, request)?;
     }
     let from_header = authorization(request)?.map(|text| (text, Carrier::Header));
     let from_cookie = cookies(request, app.auth.cookie()).map(|text| (text, Carrier::Cookie));
@@ -92,15 +95,17 @@ fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = 
 }
 
 /// Refuses what comes, or may come, from beyond this machine.
-fn check_local(request: &HttpRequest) -> Result<(), ApiError> {
+fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
     let headers = request.headers();
     let proxied = local::PROXY_HEADERS.into_iter().find(|name| headers.contains_key(*name));
-    let all = |name, is_local: fn(&str) -> bool| headers.get_all(name).all(|value| value.to_str().is_ok_and(is_local));
+    let is_local_host = |host: &HeaderValue| host.to_str().is_ok_and(local::is_local_host);
     let what = if let Some(name) = proxied {
         format!("this request came through a proxy ({name})")
-    } else if !all(header::HOST, local::is_local_host) || !request.uri().host().is_none_or(local::is_local_host) {
+    } else if !headers.get_all(header::HOST).all(is_local_host)
+        || !request.uri().host().is_none_or(local::is_local_host)
+    {
         "this request's Host is not this machine".into()
-    } else if !all(header::ORIGIN, local::is_local_origin) {
+    } else if !headers.get_all(header::ORIGIN).all(|origin| app.cors.lets_in(origin)) {
         "this request is from a page of another site (Origin)".into()
     } else {
         return Ok(());

@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     path::Path,
     process::{Child, Command, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -19,17 +19,19 @@ pub struct Browser {
     child: Child,
     says: Receiver<Value>,
     seen: VecDeque<String>,
+    /// What was said while something else was waited for.
+    aside: VecDeque<Value>,
 }
 
 impl Browser {
-    /// Reads the stream at `path` of `origin`, and listens for `types` beside plain messages.
-    pub fn watch(origin: &str, path: &str, types: &[&str]) -> Browser {
+    /// Reads the stream at `url`, on a page of `origin` (below which it may be a path), and listens for `types` beside plain messages.
+    pub fn watch(origin: &str, url: &str, types: &[&str]) -> Browser {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let modules =
             std::env::var("NODE_PATH").unwrap_or_else(|_| root.join("target/tools/node_modules").display().to_string());
         let mut child = Command::new("node")
             .arg(root.join("tests/browser/watch.mjs"))
-            .args([origin, path])
+            .args([origin, url])
             .args(types)
             .env("NODE_PATH", modules)
             .stdin(Stdio::piped())
@@ -44,11 +46,28 @@ impl Browser {
                 .map(|line| serde_json::from_str(&line).expect("a line of JSON"))
                 .try_for_each(|value| sender.send(value))
         });
-        Browser { child, says, seen: VecDeque::new() }
+        Browser { child, says, seen: VecDeque::new(), aside: VecDeque::new() }
+    }
+
+    /// What comes of a `fetch` on the page: `{"status","id","body"}`, of which the page may see all three, or `{"error"}`.
+    pub fn fetch(&mut self, url: &str, options: Value) -> Value {
+        let stdin = self.child.stdin.as_mut().expect("stdin is piped");
+        writeln!(stdin, "{}", serde_json::json!([url, options])).expect("the browser listens");
+        loop {
+            let mut said = self.hear();
+            match said.get_mut("fetched") {
+                Some(fetched) => return fetched.take(),
+                None => self.aside.push_back(said),
+            }
+        }
     }
 
     /// What the page says next: `{"state"}` or `{"event","id","data"}`.
     pub fn next(&mut self) -> Value {
+        self.aside.pop_front().unwrap_or_else(|| self.hear())
+    }
+
+    fn hear(&mut self) -> Value {
         let said = self.says.recv_timeout(PATIENCE).unwrap_or_else(|error| {
             panic!("the browser says nothing more ({error}; tests/run installs what it needs); last: {:?}", self.seen)
         });

@@ -218,6 +218,14 @@ impl Connection {
         Connection::over(socket)
     }
 
+    /// A connection from one of this machine's addresses.
+    pub fn open_from(address: SocketAddr, from: std::net::IpAddr) -> Connection {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::new(from, 0).into()).expect("loopback has this address");
+        socket.connect_timeout(&address.into(), PATIENCE).expect("the listener accepts");
+        Connection::over(socket.into())
+    }
+
     /// A connection that the kernel keeps few received bytes for, so that not reading is soon felt by the sender.
     pub fn open_narrow(address: SocketAddr, receive_bytes: usize) -> Connection {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");

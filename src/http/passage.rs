@@ -1,0 +1,74 @@
+//! What every request gets on its way in, and every answer on its way out: an id, the client's address, and what the
+//! browser is told of other origins (CORS). Streams too: the head of a stream is written by the HTTP server.
+
+use std::{net::IpAddr, sync::Arc};
+
+use actix_web::{
+    Error, HttpMessage, HttpRequest,
+    body::BoxBody,
+    dev::{ServiceRequest, ServiceResponse},
+    http::header::{self, HeaderName, HeaderValue},
+    middleware::Next,
+    web,
+};
+
+use super::App;
+use crate::{auth::Principal, limits::Caller};
+
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longest request id that is taken over from a proxy, in bytes.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// What is known of a request, whatever it asks for.
+#[derive(Clone)]
+struct Visit {
+    id: Arc<str>,
+    address: Option<IpAddr>,
+}
+
+/// Takes a request to its handler, and its answer back.
+pub async fn escort(
+    app: web::Data<App>,
+    request: ServiceRequest,
+    next: Next<BoxBody>,
+) -> Result<ServiceResponse<BoxBody>, Error> {
+    let visit = Visit::read(&app, request.request());
+    let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    request.extensions_mut().insert(visit);
+    let mut response = next.call(request).await?;
+    app.cors.mark(origin.as_ref(), response.headers_mut());
+    response.headers_mut().insert(REQUEST_ID, id);
+    Ok(response)
+}
+
+/// The id of a request, if it is one of the public listener.
+pub fn request_id(request: &HttpRequest) -> Option<Arc<str>> {
+    request.extensions().get::<Visit>().map(|visit| visit.id.clone())
+}
+
+/// The address that a request is counted for, if any.
+pub fn address(request: &HttpRequest) -> Option<IpAddr> {
+    request.extensions().get::<Visit>().and_then(|visit| visit.address)
+}
+
+/// Whom a request is counted for, once it is known who sends it.
+pub fn caller(request: &HttpRequest, principal: &Principal) -> Caller {
+    let name = (!principal.is_anonymous()).then(|| principal.name());
+    Caller::new(address(request), name.as_deref())
+}
+
+impl Visit {
+    fn read(app: &App, request: &HttpRequest) -> Visit {
+        let peer = request.peer_addr().map(|peer| peer.ip());
+        let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
+        let given = given.filter(|_| peer.is_some_and(|peer| app.proxies.trust(peer)));
+        let id = given.map_or_else(|| format!("{:032x}", rand::random::<u128>()).into(), Arc::from);
+        Visit { id, address: peer.and_then(|peer| app.proxies.client(peer, request.headers())) }
+    }
+}
+
+fn is_request_id(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    !text.is_empty() && text.len() <= REQUEST_ID_BYTES_MAX && text.bytes().all(allowed)
+}

@@ -1,0 +1,302 @@
+//! How much one address or principal may ask for: rates, and streams that are open at the same time.
+//!
+//! Knows nothing of requests and answers. What a node as a whole can bear is limited where it is borne (`delivery`, the
+//! HTTP server); here is only what keeps one of its clients from taking all of it.
+//!
+//! # A flood of addresses
+//! A rate needs memory for everyone who has lately used some of it. Those who used so little that it is theirs again are
+//! forgotten, and there are never more than `limits.tracked`: when so many are known, whoever is not known shares one
+//! rate with all others that are not. So a flood from ever new addresses gets what one address gets, and those that were
+//! there before it keep what is theirs.
+
+mod rate;
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    net::{IpAddr, Ipv6Addr},
+    num::NonZeroU32,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use sha2::{Digest as _, Sha256};
+
+use self::rate::Rate;
+use crate::config;
+
+/// The limits of one gateway.
+#[derive(Clone)]
+pub struct Limits(Arc<Shared>);
+
+struct Shared {
+    attempts: Option<Rate>,
+    publishes: Option<Rate>,
+    publish_bytes: Option<Rate>,
+    address_streams: usize,
+    principal_streams: usize,
+    address_connections: usize,
+    streams: Counts,
+    connections: Counts,
+}
+
+/// Whom a request is counted for. One without an address, as from a trusted proxy's own machine, and without a principal
+/// is not counted at all.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    network: Option<Network>,
+    principal: Option<Digest>,
+}
+
+/// What is counted as one client address: an IPv4 address, or the /64 that one IPv6 subscriber has at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Network(IpAddr);
+
+/// Stands for a principal's name, which may be as long as a token.
+type Digest = [u8; 16];
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Key {
+    Network(Network),
+    Principal(Digest),
+}
+
+/// A limit that was met, and when it is worth while to try again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wait(pub Duration);
+
+/// Whose open streams are as many as they may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooMany {
+    OfAddress,
+    OfPrincipal,
+}
+
+/// Room for one stream, or one connection, of somebody who may have only so many. Given back when it is dropped.
+///
+/// One pointer, because every open stream keeps one; `None` where nothing is counted.
+pub struct Place(Option<Box<Taken>>);
+
+struct Taken {
+    limits: Limits,
+    of: fn(&Shared) -> &Counts,
+    keys: [Option<Key>; 2],
+}
+
+impl Limits {
+    pub fn new(config: &config::Limits) -> Limits {
+        let rate = |rate, burst| Some(Rate::new(NonZeroU32::new(rate)?, NonZeroU32::new(burst)?, config.tracked));
+        Limits(Arc::new(Shared {
+            attempts: rate(config.address_attempts, config.address_attempts_burst),
+            publishes: rate(config.publishes, config.publishes_burst),
+            publish_bytes: rate(config.publish_bytes, config.publish_bytes_burst),
+            address_streams: config.address_streams,
+            principal_streams: config.principal_streams,
+            address_connections: config.address_connections,
+            streams: Counts::default(),
+            connections: Counts::default(),
+        }))
+    }
+
+    /// Counts a request for a stream, whoever sends it and whatever becomes of it.
+    ///
+    /// # Errors
+    /// When the address has made too many of late.
+    pub fn attempt(&self, address: Option<IpAddr>) -> Result<(), Wait> {
+        check(self.0.attempts.as_ref(), address.map(|address| Key::Network(Network::of(address))), 1)
+    }
+
+    /// Counts an event that is to be published.
+    ///
+    /// # Errors
+    /// When the caller has published too many of late. The event is not counted then.
+    pub fn publish(&self, caller: &Caller) -> Result<(), Wait> {
+        check(self.0.publishes.as_ref(), caller.key(), 1)
+    }
+
+    /// Counts the bytes of an event that is to be published.
+    ///
+    /// # Errors
+    /// When the caller has published too many of late. They are not counted then.
+    pub fn publish_bytes(&self, caller: &Caller, bytes: usize) -> Result<(), Wait> {
+        check(self.0.publish_bytes.as_ref(), caller.key(), bytes)
+    }
+
+    /// Takes a place for one more stream.
+    ///
+    /// # Errors
+    /// When the caller's address or principal has as many open streams as it may have.
+    pub fn open_stream(&self, caller: &Caller) -> Result<Place, TooMany> {
+        let address = caller.network.map(Key::Network).filter(|_| self.0.address_streams > 0);
+        let principal = caller.principal.map(Key::Principal).filter(|_| self.0.principal_streams > 0);
+        let mut place = Place::of(self, |shared| &shared.streams);
+        place.take(address, self.0.address_streams).ok_or(TooMany::OfAddress)?;
+        place.take(principal, self.0.principal_streams).ok_or(TooMany::OfPrincipal)?;
+        Ok(place.unless_empty())
+    }
+
+    /// Takes a place for one more connection of `address`, if it may have one.
+    pub fn open_connection(&self, address: IpAddr) -> Option<Place> {
+        let address = Some(Key::Network(Network::of(address))).filter(|_| self.0.address_connections > 0);
+        let mut place = Place::of(self, |shared| &shared.connections);
+        place.take(address, self.0.address_connections)?;
+        Some(place.unless_empty())
+    }
+}
+
+fn check(rate: Option<&Rate>, key: Option<Key>, amount: usize) -> Result<(), Wait> {
+    match (rate, key) {
+        (Some(rate), Some(key)) => rate.check(&key, amount),
+        _ => Ok(()),
+    }
+}
+
+impl Caller {
+    /// Somebody at an address that counts, and with a name, if they are known by one.
+    pub fn new(address: Option<IpAddr>, name: Option<&str>) -> Caller {
+        let digest = |name| *Sha256::digest(name).first_chunk().expect("a digest has 32 bytes");
+        Caller { network: address.map(Network::of), principal: name.map(digest) }
+    }
+
+    /// Whom publishes are counted for: the principal wherever it comes from, or else the address.
+    fn key(&self) -> Option<Key> {
+        self.principal.map(Key::Principal).or(self.network.map(Key::Network))
+    }
+}
+
+impl Network {
+    fn of(address: IpAddr) -> Network {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Network(address.into()),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, ..] = address.segments();
+                Network(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into())
+            }
+        }
+    }
+}
+
+impl Place {
+    /// A place where nothing is counted.
+    pub fn uncounted() -> Place {
+        Place(None)
+    }
+
+    fn of(limits: &Limits, of: fn(&Shared) -> &Counts) -> Place {
+        Place(Some(Box::new(Taken { limits: limits.clone(), of, keys: [None, None] })))
+    }
+
+    /// Counts one more for `key`, if there is one, and if it has fewer than `max`.
+    fn take(&mut self, key: Option<Key>, max: usize) -> Option<()> {
+        let (Some(key), Some(taken)) = (key, &mut self.0) else { return Some(()) };
+        (taken.of)(&taken.limits.0).add(&key, max)?;
+        *taken.keys.iter_mut().find(|slot| slot.is_none())? = Some(key);
+        Some(())
+    }
+
+    fn unless_empty(self) -> Place {
+        let is_empty = self.0.as_ref().is_none_or(|taken| taken.keys.iter().all(Option::is_none));
+        if is_empty { Place::uncounted() } else { self }
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        for key in self.keys.iter().flatten() {
+            (self.of)(&self.limits.0).subtract(key);
+        }
+    }
+}
+
+/// How many each has open. As many entries as there are streams, or connections, at most: a node limits both.
+#[derive(Default)]
+struct Counts(Mutex<HashMap<Key, usize>>);
+
+impl Counts {
+    fn add(&self, key: &Key, max: usize) -> Option<()> {
+        let mut counts = self.lock();
+        match counts.get_mut(key) {
+            Some(count) if *count >= max => return None,
+            Some(count) => *count += 1,
+            None => drop(counts.insert(*key, 1)),
+        }
+        Some(())
+    }
+
+    fn subtract(&self, key: &Key) {
+        let mut counts = self.lock();
+        match counts.get_mut(key) {
+            Some(count) if *count > 1 => *count -= 1,
+            Some(_) | None => drop(counts.remove(key)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn limits(adjust: impl FnOnce(&mut config::Limits)) -> Limits {
+        let mut limits = Config::load(None, vec![]).unwrap().limits;
+        adjust(&mut limits);
+        Limits::new(&limits)
+    }
+
+    fn at(address: &str) -> Caller {
+        Caller::new(Some(address.parse().unwrap()), None)
+    }
+
+    fn named(principal: &str, address: &str) -> Caller {
+        Caller::new(Some(address.parse().unwrap()), Some(principal))
+    }
+
+    #[test]
+    fn an_ipv6_subscriber_is_one_address_and_a_mapped_ipv4_address_is_itself() {
+        let network = |text: &str| Network::of(text.parse().unwrap());
+        assert_eq!(network("2001:db8:1:2:3:4:5:6"), network("2001:db8:1:2::"));
+        assert_ne!(network("2001:db8:1:2::"), network("2001:db8:1:3::"));
+        assert_eq!(network("::ffff:192.0.2.1"), network("192.0.2.1"));
+        assert_ne!(network("::ffff:192.0.2.1"), network("::ffff:192.0.2.2"));
+    }
+
+    #[test]
+    fn places_are_given_back_and_a_refusal_keeps_none() {
+        let limits = limits(|limits| (limits.address_streams, limits.principal_streams) = (2, 1));
+        let first = limits.open_stream(&named("ann", "192.0.2.1")).ok().unwrap();
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.1")).err(), Some(TooMany::OfPrincipal));
+        let second = limits.open_stream(&at("192.0.2.1")).ok().unwrap();
+        assert_eq!(limits.open_stream(&at("192.0.2.1")).err(), Some(TooMany::OfAddress));
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2")).err(), Some(TooMany::OfPrincipal));
+        drop((first, second));
+        assert!(limits.0.streams.lock().is_empty());
+    }
+
+    #[test]
+    fn whoever_is_not_counted_takes_no_place() {
+        let nobody = limits(|_| ()).open_stream(&Caller::new(None, None)).ok().unwrap();
+        assert!(nobody.0.is_none());
+        let off = limits(|limits| (limits.address_streams, limits.principal_streams) = (0, 0));
+        assert!(off.open_stream(&named("ann", "192.0.2.1")).ok().unwrap().0.is_none());
+    }
+
+    #[test]
+    fn publishes_are_counted_for_the_principal_and_without_one_for_the_address() {
+        let limits = limits(|limits| (limits.publishes, limits.publishes_burst) = (1, 1));
+        assert_eq!(limits.publish(&named("ann", "192.0.2.1")), Ok(()));
+        assert!(limits.publish(&named("ann", "192.0.2.2")).is_err());
+        assert_eq!(limits.publish(&named("bob", "192.0.2.1")), Ok(()));
+        assert_eq!(limits.publish(&at("192.0.2.1")), Ok(()));
+        assert!(limits.publish(&at("192.0.2.1")).is_err());
+    }
+
+    #[test]
+    fn a_rate_of_nothing_is_none() {
+        let limits = limits(|limits| limits.address_attempts = 0);
+        assert!((0..10_000).all(|_| limits.attempt("192.0.2.1".parse().ok()).is_ok()));
+    }
+}
