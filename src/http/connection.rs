@@ -18,6 +18,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use actix_web::body::{BodySize, MessageBody};
@@ -26,10 +27,15 @@ use percent_encoding::percent_encode_byte;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::Sleep,
 };
 
 use self::target::Target;
 use crate::limits::Place;
+
+/// After how many pipelined requests answers are written before more are read. actix would read on to 128 KiB: 3,500
+/// small requests, which it keeps all at once, with their answers, at 40 MB (measured) for a client that reads none.
+const TURN_REQUESTS: usize = 64;
 
 /// The transport of one connection.
 pub struct Connection {
@@ -39,6 +45,14 @@ pub struct Connection {
     encoded: BytesMut,
     /// Among the connections of its peer, as long as it is not a stream.
     _place: Place,
+    /// How long its client may take nothing of what is written to it.
+    stall: Duration,
+    /// Runs since it has taken nothing. Meanwhile it is not read from: actix keeps the answers to all that arrives.
+    stalled: Option<Pin<Box<Sleep>>>,
+    /// Who wants to read on.
+    reader: Option<Waker>,
+    /// Requests that were read without a pause.
+    turn_requests: usize,
 }
 
 /// Where the socket is as long as it has not left. Handlers find it in the request's connection data.
@@ -46,12 +60,42 @@ pub struct Slot {
     socket: RefCell<Option<TcpStream>>,
     flushed: Cell<bool>,
     waker: RefCell<Option<Waker>>,
+    /// When nothing more is read.
+    end: RefCell<Option<Pin<Box<Sleep>>>>,
+}
+
+impl Slot {
+    /// Reads on for so long at most, whatever comes.
+    pub async fn end_after(&self, limit: Duration) {
+        let mut end = Box::pin(tokio::time::sleep(limit));
+        // Begun here, in the task that reads: it may have nothing to read until then.
+        let _ = futures_util::poll!(&mut end);
+        *self.end.borrow_mut() = Some(end);
+    }
+
+    fn has_ended(&self, cx: &mut Context<'_>) -> bool {
+        self.end.borrow_mut().as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready())
+    }
 }
 
 impl Connection {
-    pub fn new(socket: TcpStream, place: Place) -> Connection {
-        let slot = Slot { socket: RefCell::new(Some(socket)), flushed: Cell::new(false), waker: RefCell::default() };
-        Connection { slot: Rc::new(slot), target: Target::new(), encoded: BytesMut::new(), _place: place }
+    pub fn new(socket: TcpStream, place: Place, stall: Duration) -> Connection {
+        let slot = Slot {
+            socket: RefCell::new(Some(socket)),
+            flushed: Cell::new(false),
+            waker: RefCell::default(),
+            end: RefCell::default(),
+        };
+        Connection {
+            slot: Rc::new(slot),
+            target: Target::new(),
+            encoded: BytesMut::new(),
+            _place: place,
+            stall,
+            stalled: None,
+            reader: None,
+            turn_requests: 0,
+        }
     }
 
     pub fn slot(&self) -> Rc<Slot> {
@@ -73,11 +117,24 @@ impl Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.slot.has_ended(cx) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        if self.stalled.is_some() {
+            self.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        if self.turn_requests >= TURN_REQUESTS {
+            self.turn_requests = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         if self.encoded.is_empty() {
             let before = buf.filled().len();
             let polled = self.with_socket((), |socket| socket.poll_read(cx, buf));
             let arrived = &buf.filled()[before..];
             let to_encode = self.target.follow(arrived);
+            self.turn_requests = if polled.is_pending() { 0 } else { self.turn_requests + self.target.take_heads() };
             if to_encode.is_empty() {
                 return polled;
             }
@@ -97,8 +154,17 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.with_socket(bytes.len(), |socket| socket.poll_write(cx, bytes))
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = self.with_socket(bytes.len(), |socket| socket.poll_write(cx, bytes));
+        if polled.is_ready() {
+            if self.stalled.take().is_some() {
+                self.reader.take().into_iter().for_each(Waker::wake);
+            }
+            return polled;
+        }
+        let stall = self.stall;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(stall)));
+        stalled.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// Called once everything before has been written.

@@ -133,7 +133,7 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
             async move {
                 let peer = socket.peer_addr().map_err(DispatchError::Io)?;
                 match app.place_for(peer.ip()) {
-                    Some(place) => Ok((Connection::new(socket, place), Some(peer))),
+                    Some(place) => Ok((Connection::new(socket, place, app.limits.stall), Some(peer))),
                     None => Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into())),
                 }
             }

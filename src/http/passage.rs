@@ -1,18 +1,25 @@
 //! What every request gets on its way in, and every answer on its way out: an id, the client's address, and what the
 //! browser is told of other origins (CORS). Streams too: the head of a stream is written by the HTTP server.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, rc::Rc, sync::Arc};
 
 use actix_web::{
     Error, HttpMessage, HttpRequest,
     body::BoxBody,
-    dev::{ServiceRequest, ServiceResponse},
-    http::header::{self, HeaderName, HeaderValue},
+    dev::{RequestHead, ServiceRequest, ServiceResponse},
+    http::{
+        ConnectionType, Method,
+        header::{self, HeaderName, HeaderValue},
+    },
     middleware::Next,
     web,
 };
 
-use super::App;
+use super::{
+    App, LINGER,
+    connection::Slot,
+    error::{ApiError, Code},
+};
 use crate::{auth::Principal, limits::Caller};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -36,10 +43,38 @@ pub async fn escort(
     let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
     request.extensions_mut().insert(visit);
-    let mut response = next.call(request).await?;
+    let mut response = if leaves_http(request.head()) {
+        let refusal = ApiError::new(Code::InvalidHeader, "this connection is not upgraded: streams are plain GETs");
+        let mut refused = app.refuse(request.request(), &refusal);
+        refused.head_mut().set_connection_type(ConnectionType::Close);
+        request.into_response(refused)
+    } else {
+        next.call(request).await?
+    };
+    if has_endless_rest(&response) {
+        let slot = response.request().conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
+        slot.end_after(LINGER).await;
+        response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+    }
     app.cors.mark(origin.as_ref(), response.headers_mut());
     response.headers_mut().insert(REQUEST_ID, id);
     Ok(response)
+}
+
+/// Whether everything behind this request's head is taken for its body, whatever length it says. A proxy that goes by the
+/// length would have other people's requests published.
+fn leaves_http(request: &RequestHead) -> bool {
+    let mut upgrades = request.headers.get_all(header::UPGRADE);
+    request.method == Method::CONNECT
+        || upgrades.any(|to| to.as_bytes().trim_ascii().eq_ignore_ascii_case(b"websocket"))
+}
+
+/// Whether what still arrives of the request's body is wanted by nobody, and may never end: actix passes over the chunks
+/// of a body that was not read for as long as they come.
+fn has_endless_rest(response: &ServiceResponse) -> bool {
+    let request = response.request();
+    let was_read = request.method() == Method::POST && response.status().is_success();
+    request.headers().contains_key(header::TRANSFER_ENCODING) && !was_read
 }
 
 /// The id of a request, if it is one of the public listener.

@@ -268,6 +268,39 @@ impl Connection {
         sent
     }
 
+    /// Sends the same bytes again and again and reads nothing, until the other side has gone away.
+    pub fn flood(&mut self, bytes: &[u8], mut meanwhile: impl FnMut()) {
+        let deadline = Instant::now() + PATIENCE;
+        self.socket.set_write_timeout(Some(Duration::from_millis(50))).expect("not zero");
+        loop {
+            match self.socket.write(bytes).map_err(|error| error.kind()) {
+                Err(ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => return,
+                Ok(_) | Err(_) => assert!(Instant::now() < deadline, "it keeps the connection"),
+            }
+            meanwhile();
+        }
+    }
+
+    /// Sends a byte again and again, at this pace, until the other side has gone away.
+    pub fn drip_until_closed(&mut self, byte: u8, pace: Duration) {
+        loop {
+            self.drip(byte, pace);
+            let left = self.receive(Instant::now() + PATIENCE);
+            if left == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Sends a byte again and again, at this pace, until the other side says something or goes away.
+    pub fn drip(&mut self, byte: u8, pace: Duration) {
+        let deadline = Instant::now() + PATIENCE;
+        self.socket.set_read_timeout(Some(pace)).expect("not zero");
+        while self.socket.peek(&mut [0]).is_err() && self.socket.write_all(&[byte]).is_ok() {
+            assert!(Instant::now() < deadline, "it goes on to take them");
+        }
+    }
+
     pub fn send_chunk(&mut self, bytes: impl AsRef<[u8]>) {
         self.send_bytes(chunk(bytes));
     }

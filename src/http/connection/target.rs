@@ -9,6 +9,8 @@ pub(super) struct Target {
     place: Place,
     line: Vec<u8>,
     body: Body,
+    /// That have ended since somebody asked.
+    heads: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -36,7 +38,7 @@ enum Body {
 
 impl Target {
     pub(super) fn new() -> Target {
-        Target { place: Place::Method, line: vec![], body: Body::None }
+        Target { place: Place::Method, line: vec![], body: Body::None, heads: 0 }
     }
 
     /// Passes over bytes that have arrived, in whatever pieces. Returns the places of those that are to be encoded;
@@ -59,6 +61,11 @@ impl Target {
             };
         }
         to_encode
+    }
+
+    /// How many requests' heads have ended since the last call.
+    pub(super) fn take_heads(&mut self) -> usize {
+        std::mem::take(&mut self.heads)
     }
 
     fn skip(&mut self, rest: u64, available: usize) -> usize {
@@ -94,6 +101,9 @@ impl Target {
     }
 
     fn end_of_line(&mut self, line: &[u8]) {
+        if matches!(self.place, Place::Header) && line.is_empty() {
+            self.heads += 1;
+        }
         self.place = match self.place {
             Place::Header if line.is_empty() => match self.body {
                 Body::None | Body::Length(0) => Place::Method,

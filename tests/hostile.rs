@@ -1,0 +1,206 @@
+//! Sockets that mean harm: requests that two parsers would end at different places, and clients that hold on to what they
+//! were given. Each gets its end, and nobody else notices.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use support::{
+    PATIENCE,
+    backend::Backend,
+    gateway::{Gateway, Launch},
+    http::{Connection, Request},
+    nginx::Nginx,
+};
+
+/// Whoever ends the request before here reads a second one.
+const HIDDEN: &str = "0\r\n\r\nPOST /events/smuggled HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx";
+
+/// Header lines that leave it open where the request ends; `LENGTH` is that of [`HIDDEN`].
+const AMBIGUOUS: &[&str] = &[
+    "Content-Length: LENGTH\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nContent-Length: LENGTH",
+    "Content-Length: LENGTH\r\nTransfer-Encoding: xchunked",
+    "Content-Length: LENGTH\r\nTransfer-Encoding: identity",
+    "Content-Length: LENGTH\r\nTransfer-Encoding : chunked",
+    "Content-Length: LENGTH\r\nTransfer-Encoding:\x0bchunked",
+    "Content-Length: LENGTH\r\nTransfer-Encoding:\r\n chunked",
+    "Content-Length: LENGTH\r\n Transfer-Encoding: chunked",
+    "Content-Length: LENGTH\r\nX: y\rTransfer-Encoding: chunked",
+    "Content-Length: LENGTH\r\nX: y\0\r\nTransfer-Encoding: chunked",
+    "Content-Length: 0\r\nContent-Length: LENGTH",
+    "Content-Length: LENGTH\r\nContent-Length: 0",
+    "Content-Length: LENGTH\r\nContent-Length: LENGTH",
+    "Content-Length: LENGTH, LENGTH",
+    "Content-Length: LENGTH 0",
+    "Content-Length : LENGTH",
+    "Content-Length:\r\n LENGTH",
+    "Content-Length: +LENGTH",
+    "Content-Length: 0xLENGTH",
+    "Content-Length: -LENGTH",
+    "Content-Length: 18446744073709551616",
+    "Transfer-Encoding: xchunked",
+    "Transfer-Encoding: gzip, chunked",
+    "Transfer-Encoding: chunked, identity",
+    "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+    "Transfer-Encoding:\r\n chunked",
+    "Connection: upgrade\r\nUpgrade: websocket\r\nContent-Length: LENGTH",
+];
+
+/// Chunks that are none, each followed by what would be a second request.
+const CHUNKS: &[&str] = &[
+    "-1\r\nx\r\n",
+    "0x1\r\nx\r\n",
+    "+1\r\nx\r\n",
+    "1\nx\n",
+    "1;a\nb\r\nx\r\n",
+    "1\r\nxyz\r\n",
+    "fffffffffffffffff\r\nx\r\n",
+    "\r\n",
+    "g\r\n",
+];
+
+fn ambiguous() -> impl Iterator<Item = String> {
+    let heads = AMBIGUOUS.iter().map(|lines| lines.replace("LENGTH", &HIDDEN.len().to_string()));
+    let smuggled = heads.map(|lines| format!("{lines}\r\n\r\n{HIDDEN}"));
+    let chunks = CHUNKS.iter().map(|chunk| format!("Transfer-Encoding: chunked\r\n\r\n{chunk}{HIDDEN}"));
+    smuggled.chain(chunks).map(|rest| format!("POST /events/demo HTTP/1.1\r\nHost: localhost\r\n{rest}"))
+}
+
+fn assert_nothing_was_smuggled(gateway: &Gateway) {
+    let mut smuggled = gateway.stream("/events/smuggled?from=first");
+    gateway.publish("smuggled", "own");
+    assert_eq!(smuggled.next().data, "own");
+}
+
+#[test]
+fn a_request_whose_end_is_ambiguous_is_refused_and_its_connection_closed() {
+    let gateway = Launch::new().start();
+    for request in ambiguous() {
+        let mut connection = gateway.connect();
+        connection.send_bytes(&request);
+        let answered = String::from_utf8(connection.rest()).expect("text");
+        assert!(
+            answered.starts_with("HTTP/1.1 400 ") && answered.matches("HTTP/1.1 ").count() == 1,
+            "{request:?}: {answered}"
+        );
+    }
+    assert_nothing_was_smuggled(&gateway);
+}
+
+#[test]
+fn nothing_is_smuggled_through_nginx() {
+    let broker = Backend::nats();
+    let gateways = [broker.gateway().start(), broker.gateway().start()];
+    let nginx = Nginx::edge([gateways[0].address, gateways[1].address]);
+    for request in ambiguous() {
+        let mut connection = Connection::open(nginx.http);
+        connection.send_bytes(&request);
+        connection.close_sending();
+        let answered = String::from_utf8(connection.rest()).expect("text");
+        // What one of the two takes for a body is one for both. nginx passes over lines that are no headers.
+        assert!(answered.matches("HTTP/1.1 ").count() <= 1, "{request:?}: {answered}");
+    }
+    assert_nothing_was_smuggled(&gateways[0]);
+}
+
+#[test]
+fn a_connection_is_not_upgraded() {
+    let gateway = Launch::new().start();
+    for request in [
+        Request::get("/events/demo").header("Connection", "Upgrade").header("Upgrade", "websocket"),
+        Request::new("CONNECT", "example.com:80"),
+    ] {
+        let mut connection = gateway.connect();
+        connection.send(&request);
+        let refused = connection.response();
+        assert_eq!((refused.status, &refused.json()["code"]), (400, &json!("invalid_header")), "{request:?}");
+        assert_eq!(connection.rest(), b"");
+    }
+    // What curl --http2 says to find out whether it may.
+    let asks = Request::get("/events/a..b").header("Connection", "Upgrade, HTTP2-Settings").header("Upgrade", "h2c");
+    assert_eq!(gateway.ask(asks).json()["code"], "invalid_subject");
+}
+
+#[test]
+fn a_head_that_trickles_in_is_cut() {
+    let gateway = Launch::new().with("limits.request_head", "500ms").start();
+    let began = Instant::now();
+    let mut connection = gateway.connect();
+    connection.send_bytes("GET /events/demo HTTP/1.1\r\nHost: localhost\r\nX: ");
+    connection.drip(b'x', Duration::from_millis(20));
+    assert!(connection.rest().starts_with(b"HTTP/1.1 408 "));
+    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
+    gateway.connect().rest();
+}
+
+#[test]
+fn a_body_that_trickles_in_is_cut() {
+    let gateway = Launch::new().with("limits.body", "1s").with("limits.body_pause", "500ms").start();
+    for request in [Request::post("/events/demo").announce(1000), Request::post("/events/demo").chunked()] {
+        let mut connection = gateway.connect();
+        connection.send(&request);
+        // One chunk of 16 MB, of which this will be the first bytes.
+        connection.send_bytes(if request.bytes().ends_with(b"chunked\r\n\r\n") { "ffffff\r\n" } else { "" });
+        connection.drip(b'x', Duration::from_millis(20));
+        let refused = connection.response();
+        assert_eq!((refused.status, &refused.json()["code"]), (408, &json!("body_timeout")));
+        assert!(refused.text().contains("whole"), "{refused:?}");
+        connection.rest();
+    }
+}
+
+#[test]
+fn a_body_that_nobody_wants_is_cut() {
+    let gateway = Launch::new().start();
+    for request in [
+        Request::post("/events/a..b").chunked(),
+        Request::post("/nowhere").chunked(),
+        Request::new("PUT", "/events/demo").chunked(),
+        Request::get("/events/a..b").chunked(),
+        Request::post("/events/a..b").announce(1 << 40),
+    ] {
+        let refused = || {
+            let mut connection = gateway.connect();
+            connection.send(&request);
+            assert!(connection.response().status >= 400, "{request:?}");
+            connection
+        };
+        refused().rest();
+        let mut trickling = refused();
+        trickling.send_bytes("ffffff\r\n");
+        trickling.drip_until_closed(b'x', Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn an_idle_connection_is_cut() {
+    let gateway = Launch::new().with("limits.keep_alive", "300ms").start();
+    let mut connection = gateway.connect();
+    connection.send("/nowhere");
+    assert_eq!(connection.response().status, 404);
+    assert_eq!(connection.rest(), b"");
+}
+
+#[test]
+fn a_node_that_is_full_of_connections_recovers() {
+    let gateway = Launch::new().with("limits.connections", "2").with("limits.request_head", "500ms").start();
+    let _silent: Vec<_> = (0..8).map(|_| gateway.connect()).collect();
+    // Waits in line until those before it have been cut.
+    assert_eq!(gateway.ask("/nowhere").status, 404);
+}
+
+#[test]
+fn who_asks_and_never_reads_the_answers_is_cut() {
+    let mut gateway = Launch::new().with("limits.stall", "500ms").start();
+    let requests = Request::get("/nowhere").bytes().repeat(1_000);
+    let mut connection = gateway.connect_narrowly();
+    let before = gateway.memory_bytes();
+    let mut most = before;
+
+    connection.flood(&requests, || most = most.max(gateway.memory_bytes()));
+
+    assert!(most - before < 20 << 20, "it costs {} bytes", most - before);
+}
