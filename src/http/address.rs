@@ -3,7 +3,10 @@
 //! Only one header is read, the one that the trusted proxies set. A proxy passes on what it does not set, so whoever
 //! sends the other one could say anything.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Once},
+};
 
 use actix_web::http::header::HeaderMap;
 use ipnet::IpNet;
@@ -15,11 +18,13 @@ use crate::config::AddressHeader;
 pub struct Proxies {
     trusted: Vec<IpNet>,
     header: AddressHeader,
+    /// Whether the log says already that somebody who is not trusted acts like a proxy.
+    warned: Arc<Once>,
 }
 
 impl Proxies {
     pub fn new(trusted: Vec<IpNet>, header: AddressHeader) -> Proxies {
-        Proxies { trusted, header }
+        Proxies { trusted, header, warned: Arc::new(Once::new()) }
     }
 
     pub fn trust(&self, address: IpAddr) -> bool {
@@ -28,40 +33,40 @@ impl Proxies {
     }
 
     /// The client's address: the last hop that is no trusted proxy, read from the right. What stands left of it was
-    /// written by nobody we know. Where a hop is not readable, the one that told of it.
+    /// written by nobody we know. Where a hop can't be read, the one that told of it.
     ///
-    /// `None` for a trusted peer that names nobody: the request is a proxy's own, or that of a program beside it.
+    /// `None` where trusted proxies are all that is named: the request is one's own, or that of a program beside it.
     pub fn client(&self, peer: IpAddr, headers: &HeaderMap) -> Option<IpAddr> {
         let mut client = peer.to_canonical();
-        if !self.trust(client) {
-            return Some(client);
+        let hops = self.hops(headers);
+        if !hops.is_empty() && !self.trust(client) {
+            self.warned.call_once(|| {
+                tracing::warn!(%peer, "names a client and is not in trusted_proxies: if it is a proxy, all its clients count as one");
+            });
         }
-        let mut told = false;
-        for hop in self.hops(headers).rev() {
-            told = true;
-            match hop {
-                Some(address) => client = address,
+        let mut hops = hops.into_iter().rev();
+        while self.trust(client) {
+            match hops.next()? {
+                Some(hop) => client = hop,
                 None => break,
             }
-            if !self.trust(client) {
-                break;
-            }
         }
-        told.then_some(client)
+        Some(client)
     }
 
     /// What the header's fields, taken together, say of each hop, the first one's first.
-    fn hops<'a>(&self, headers: &'a HeaderMap) -> impl DoubleEndedIterator<Item = Option<IpAddr>> + 'a {
+    fn hops(&self, headers: &HeaderMap) -> Vec<Option<IpAddr>> {
         let (name, parse): (_, fn(&str) -> Option<IpAddr>) = match self.header {
             AddressHeader::XForwardedFor => ("x-forwarded-for", parse_address),
             AddressHeader::Forwarded => ("forwarded", parse_forwarded),
         };
-        let fields: Vec<_> = headers.get_all(name).collect();
-        let elements = fields.into_iter().flat_map(|field| {
-            let text = field.to_str().unwrap_or("?");
-            text.split(',').map(str::trim).collect::<Vec<_>>()
-        });
-        elements.filter(|element| !element.is_empty()).map(parse).collect::<Vec<_>>().into_iter()
+        let mut hops = vec![];
+        for field in headers.get_all(name) {
+            // Not text as a whole or nothing: what a client put in front of it says nothing of what a proxy added.
+            let field = String::from_utf8_lossy(field.as_bytes());
+            hops.extend(field.split(',').map(str::trim).filter(|hop| !hop.is_empty()).map(parse));
+        }
+        hops
     }
 }
 
@@ -104,7 +109,7 @@ mod tests {
     fn client(header: AddressHeader, peer: &str, fields: &[(&'static str, &str)]) -> Option<String> {
         let mut headers = HeaderMap::new();
         for (name, value) in fields {
-            headers.append(HeaderName::from_static(name), HeaderValue::from_str(value).unwrap());
+            headers.append(HeaderName::from_static(name), HeaderValue::from_bytes(value.as_bytes()).unwrap());
         }
         proxies(header).client(peer.parse().unwrap(), &headers).map(|address| address.to_string())
     }
@@ -121,13 +126,12 @@ mod tests {
             ("127.0.0.1", "[2001:db8::1]", "2001:db8::1"),
             ("127.0.0.1", "[2001:db8::1]:4711", "2001:db8::1"),
             ("127.0.0.1", "::ffff:192.0.2.1", "192.0.2.1"),
-            // Only proxies all the way: the first of them is where it began.
-            ("127.0.0.1", "10.3.3.3, 10.1.1.1", "10.3.3.3"),
             // What can't be read ends the chain at the hop that told of it.
             ("127.0.0.1", "192.0.2.1, unknown", "127.0.0.1"),
             ("127.0.0.1", "192.0.2.1, 999.1.1.1, 10.1.1.1", "10.1.1.1"),
             ("127.0.0.1", "localhost", "127.0.0.1"),
             ("127.0.0.1", "192.0.2.1 10.1.1.1", "127.0.0.1"),
+            ("127.0.0.1", "é, 192.0.2.1", "192.0.2.1"),
             // Whoever is no proxy may say what they like.
             ("192.0.2.9", "1.1.1.1", "192.0.2.9"),
             ("192.0.2.9", "127.0.0.1", "192.0.2.9"),
@@ -174,9 +178,11 @@ mod tests {
     }
 
     #[test]
-    fn a_trusted_peer_that_names_nobody_speaks_for_itself() {
+    fn proxies_that_name_nobody_else_speak_for_themselves() {
         assert_eq!(client(AddressHeader::XForwardedFor, "127.0.0.1", &[]), None);
-        assert_eq!(client(AddressHeader::XForwardedFor, "127.0.0.1", &[("x-forwarded-for", " , ")]), None);
+        for only_proxies in [" , ", "127.0.0.1", "10.3.3.3, 10.1.1.1"] {
+            assert_eq!(client(AddressHeader::XForwardedFor, "127.0.0.1", &[("x-forwarded-for", only_proxies)]), None);
+        }
         assert_eq!(client(AddressHeader::XForwardedFor, "192.0.2.9", &[]).as_deref(), Some("192.0.2.9"));
     }
 }
