@@ -334,7 +334,54 @@ fn positive<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Erro
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::fuzz::{cases, nearly, text};
+
+    /// Lines of a file, of which many are right: the defaults, each under its whole name.
+    fn file() -> impl Strategy<Value = String> {
+        let mut section = String::new();
+        let mut settings = vec![];
+        for line in DEFAULTS.lines() {
+            if let Some(name) = line.strip_prefix('[') {
+                section = format!("{}.", name.trim_end_matches(']'));
+            } else if line.contains(" = ") && !line.starts_with('#') {
+                settings.push(format!("{section}{line}"));
+            }
+        }
+        let line = prop::sample::select(settings);
+        let line = prop_oneof![3 => line.clone(), 3 => nearly(line), 1 => text()];
+        prop::collection::vec(line, 0..5).prop_map(|lines| lines.join("\n"))
+    }
+
+    proptest! {
+        #![proptest_config(cases())]
+
+        #[test]
+        fn fuzz_a_file_can_be_used_or_says_why_not(text in file()) {
+            thread_local!(static LAYERS: Figment = Figment::from(Toml::string(DEFAULTS)));
+            let layers = LAYERS.with(Figment::clone).merge(Toml::string(&text));
+            let config = layers.extract::<Config>().map_err(|error| ConfigError::from(Box::new(error)));
+            match config.and_then(Config::check) {
+                Err(error) => prop_assert!(error.to_string().starts_with("configuration: ")),
+                Ok(config) => {
+                    let limits = &config.limits;
+                    prop_assert!(limits.line_bytes >= limits.event_bytes && limits.event_bytes > 0);
+                    prop_assert!(limits.publishes == 0 || limits.publishes_burst > 0);
+                    prop_assert!(!config.sse.heartbeat.is_zero());
+                }
+            }
+        }
+
+        #[test]
+        fn fuzz_a_network_is_what_it_says(text in prop_oneof![text(), nearly("[0-9]{1,3}(\\.[0-9]{1,3}){3}(/[0-9]{1,2})?")]) {
+            if let Ok(parsed) = networks(serde_json::json!([text])) {
+                prop_assert_eq!(parsed.len(), 1);
+                prop_assert!(text.parse::<IpAddr>().is_ok() || text.parse::<IpNet>().is_ok());
+            }
+        }
+    }
 
     #[test]
     fn the_defaults_are_complete() {

@@ -62,6 +62,8 @@ pub mod broker;
 pub mod config;
 pub mod delivery;
 pub mod event;
+#[cfg(test)]
+mod fuzz;
 pub mod gateway;
 pub mod http;
 pub mod hub;

@@ -13,8 +13,14 @@ use tidegate::{http::error::Code, metrics::Metrics};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["gateway", "auth", "config", "subject"]),
     ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "shutdown", "config"]),
-    ("http", &["auth", "delivery", "limits", "hub", "broker", "sse", "event", "subject", "metrics", "config"]),
-    ("auth", &["subject", "metrics", "shutdown", "config"]),
+    (
+        "http",
+        &[
+            "auth", "delivery", "limits", "hub", "broker", "sse", "position", "event", "subject", "metrics", "config",
+            "fuzz",
+        ],
+    ),
+    ("auth", &["subject", "metrics", "shutdown", "config", "fuzz"]),
     ("delivery", &["limits", "hub", "sse", "metrics", "shutdown", "config"]),
     ("limits", &["config"]),
     ("hub", &["broker", "sse", "position", "event", "subject", "metrics", "shutdown", "config"]),
@@ -22,10 +28,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("broker", &["event", "subject", "config"]),
     ("sse", &["event"]),
     ("event", &["subject"]),
-    ("config", &["subject"]),
+    ("config", &["subject", "fuzz"]),
     ("metrics", &[]),
     ("shutdown", &[]),
     ("subject", &[]),
+    ("fuzz", &[]),
     ("lib", &[]),
 ];
 

@@ -246,3 +246,91 @@ pub fn mint(config: &config::Jwt, grant: &Grant) -> Result<String, MintError> {
     let key = EncodingKey::from_secret(config.secret.expose());
     Ok(jsonwebtoken::encode(&Header::new(Algorithm::HS256), &claims, &key)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+    use futures_util::FutureExt;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        config::Config,
+        fuzz::{cases, nearly, text},
+    };
+
+    const SECRET: &str = "a secret of thirty-two bytes or so";
+
+    static CONFIG: LazyLock<Config> =
+        LazyLock::new(|| Config::load(None, vec![("auth.jwt.secret", SECRET.into())]).unwrap());
+
+    /// Verifies with the secret alone, for which there is nothing to wait.
+    fn verify(token: &str) -> Result<Principal, Refusal> {
+        static TOKENS: LazyLock<Tokens> = LazyLock::new(|| Tokens {
+            keys: key::configured(&CONFIG.auth.jwt, &rules(&CONFIG.auth.jwt)).unwrap(),
+            remote: None,
+            subscribe: vec![Template::parse("users.{sub}.>").unwrap()],
+            publish: vec![],
+            token_bytes: CONFIG.auth.token_bytes,
+            filters_max: CONFIG.auth.filters,
+            leeway: CONFIG.auth.jwt.leeway,
+            lifetime: CONFIG.auth.jwt.lifetime,
+        });
+        TOKENS.verify(token, Carrier::Header).now_or_never().expect("nothing is waited for")
+    }
+
+    fn good() -> &'static str {
+        static GOOD: LazyLock<String> = LazyLock::new(|| {
+            let rights = Rights { subscribe: vec![Filter::parse("orders.>").unwrap()], publish: vec![] };
+            let grant = Grant { sub: Some("ann".into()), rights, lifetime: Duration::from_secs(36_000) };
+            mint(&CONFIG.auth.jwt, &grant).unwrap()
+        });
+        &GOOD
+    }
+
+    /// A header and claims as they are written here, signed with the secret.
+    fn signed(header: &str, claims: &str) -> String {
+        let message = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(claims));
+        let key = EncodingKey::from_secret(SECRET.as_bytes());
+        let signature = jsonwebtoken::crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
+        format!("{message}.{signature}")
+    }
+
+    fn claims() -> impl Strategy<Value = String> {
+        let exp = Timestamp::now().as_second() + 3_600;
+        let written = move |(sub, filter): (String, String)| {
+            json!({ "exp": exp, "sub": sub, "tidegate": { "subscribe": [filter] } }).to_string()
+        };
+        let right = || (text(), nearly("[a-z.*>]{1,8}")).prop_map(written);
+        prop_oneof![2 => right(), 2 => nearly(right()), 1 => text()]
+    }
+
+    proptest! {
+        #![proptest_config(cases())]
+
+        #[test]
+        fn fuzz_only_what_was_signed_is_taken(token in prop_oneof![3 => nearly(Just(good().to_owned())), 1 => text()]) {
+            prop_assert_eq!(verify(&token).is_ok(), token == good(), "{}", token);
+        }
+
+        #[test]
+        fn fuzz_whatever_was_signed_gives_only_filters(
+            header in prop_oneof![Just(r#"{"alg":"HS256"}"#.to_owned()), nearly(Just(r#"{"typ":"JWT","alg":"HS256"}"#.to_owned()))],
+            claims in claims(),
+        ) {
+            if let Ok(principal) = verify(&signed(&header, &claims)) {
+                let said: Value = serde_json::from_str(&claims).expect("claims are JSON");
+                for filter in &principal.rights().subscribe {
+                    let own = said["tidegate"]["subscribe"].as_array().into_iter().flatten().any(|text| text == filter.as_str());
+                    let sub = said["sub"].as_str().map(ToOwned::to_owned).or(said["sub"].as_u64().map(|n| n.to_string()));
+                    let of_policy = sub.is_some_and(|sub| filter.as_str() == format!("users.{sub}.>"));
+                    prop_assert!(own || of_policy, "{} of {}", filter, claims);
+                    prop_assert!(Filter::parse(filter.as_str()).is_ok());
+                }
+                prop_assert!(principal.expires().is_some_and(|at| at > Timestamp::now()));
+            }
+        }
+    }
+}

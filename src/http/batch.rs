@@ -355,7 +355,7 @@ fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de R
     <&RawValue>::deserialize(deserializer).map(Some)
 }
 
-fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, ApiError> {
+pub(super) fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, ApiError> {
     let invalid = |detail: String| ApiError::new(Code::InvalidLine, detail);
     // The line that serde_json counts is not the batch's.
     let malformed = |error: serde_json::Error| invalid(error.to_string().replace("at line 1 column", "at column"));

@@ -5,6 +5,8 @@ mod batch;
 mod connection;
 pub mod cors;
 pub mod error;
+#[cfg(test)]
+mod fuzz;
 mod passage;
 mod publish;
 mod query;

@@ -15,8 +15,12 @@ impl Query {
     /// # Errors
     /// On a parameter that is not known (the nearest that is gets named), and on text that is not UTF-8.
     pub fn parse(request: &HttpRequest, known: &[&'static str]) -> Result<Query, ApiError> {
+        Query::read(request.query_string(), known)
+    }
+
+    pub(super) fn read(text: &str, known: &[&'static str]) -> Result<Query, ApiError> {
         let mut parameters = vec![];
-        for pair in request.query_string().split('&').filter(|pair| !pair.is_empty()) {
+        for pair in text.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             if name.starts_with('_') {
                 continue;
@@ -50,7 +54,7 @@ pub fn subject_in_path(request: &HttpRequest) -> Result<String, ApiError> {
     decode(request.uri().path().strip_prefix("/events/").unwrap_or_default())
 }
 
-fn decode(text: &str) -> Result<String, ApiError> {
+pub(super) fn decode(text: &str) -> Result<String, ApiError> {
     let decoded = percent_decode_str(text).decode_utf8();
     decoded
         .map(|text| text.into_owned())

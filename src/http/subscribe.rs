@@ -128,7 +128,7 @@ fn parse_filter(text: &str) -> Result<Filter, ApiError> {
 }
 
 /// Reads `from`: `now`, `first`, `snapshot`, an event id, a time (RFC 3339), how long ago (`-15m`), or how many (`-100`).
-fn parse_start(text: &str) -> Result<StartAt, ApiError> {
+pub(super) fn parse_start(text: &str) -> Result<StartAt, ApiError> {
     if let Some(ago) = text.strip_prefix('-').and_then(parse_duration) {
         let time = SystemTime::now().checked_sub(ago).and_then(|time| Timestamp::try_from(time).ok());
         return Ok(StartAt::Time(time.unwrap_or(Timestamp::MIN)));

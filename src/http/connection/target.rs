@@ -149,8 +149,10 @@ fn chunk_size(line: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::fuzz::{cases, nearly, text};
 
     fn followed(pieces: &[&[u8]]) -> String {
         let mut target = Target::new();
@@ -196,9 +198,24 @@ mod tests {
             prop_assert_eq!(followed(&pieces), FOLLOWED);
         }
 
+    }
+
+    proptest! {
+        #![proptest_config(cases())]
+
         #[test]
-        fn nothing_panics(bytes: Vec<u8>) {
-            Target::new().follow(&bytes);
+        fn fuzz_whatever_arrives_only_targets_are_touched_and_pieces_make_no_difference(
+            text in prop_oneof![text(), nearly(Just(REQUESTS.into()))],
+            noise in prop::collection::vec(any::<u8>(), 0..20),
+            cut in 0..400usize,
+        ) {
+            let bytes = [text.as_bytes(), &noise].concat();
+            let whole = followed(&[&bytes]);
+            let (left, right) = bytes.split_at(cut.min(bytes.len()));
+            prop_assert_eq!(followed(&[left, right]), &*whole);
+            let touched = Target::new().follow(&bytes);
+            prop_assert!(touched.iter().all(|at| must_be_encoded(bytes[*at])));
+            prop_assert_eq!(whole.chars().count(), bytes.len() + 2 * touched.len());
         }
     }
 }
