@@ -342,7 +342,7 @@ fn old_ciphers_are_refused() {
 #[test]
 fn who_sends_a_body_slowly_is_cut_by_the_gateway() {
     let broker = Backend::embedded();
-    let gateway = broker.gateway().with("limits.body_pause", "1s").start();
+    let gateway = gateway(&broker).with("limits.body_pause", "1s").start();
     let nginx = Nginx::edge([gateway.address, gateway.address]);
     let mut slow = Connection::open(nginx.http);
     slow.send(Request::post("/events/demo").announce(10));
