@@ -33,6 +33,7 @@ pub struct Config {
     pub address_header: AddressHeader,
     pub cors: Cors,
     pub log: Log,
+    pub debug: Debug,
     pub auth: Auth,
     pub sse: Sse,
     pub feed: Feed,
@@ -65,6 +66,25 @@ pub struct Cors {
 #[serde(deny_unknown_fields)]
 pub struct Log {
     pub filter: String,
+    pub format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Text on a terminal, else JSON.
+    Auto,
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Debug {
+    #[serde(deserialize_with = "positive")]
+    pub page: usize,
+    #[serde(deserialize_with = "positive")]
+    pub ended: usize,
 }
 
 #[derive(Clone, Debug, Deserialize)]

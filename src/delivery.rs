@@ -5,6 +5,7 @@
 //! feed or in history, never here: at most one frame that has been begun.
 
 mod peer;
+mod register;
 
 use std::{
     collections::VecDeque,
@@ -27,6 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub use self::register::{Client, Ended, Record, Register};
 use crate::{
     config::{self, Config},
     hub::{Cursor, Frame, Opening, jittered},
@@ -56,6 +58,7 @@ struct Shared {
     stall: Duration,
     expiry_warning: Duration,
     drain: config::Drain,
+    register: Register,
     draining: CancellationToken,
     metrics: Arc<Metrics>,
     tasks: Tasks,
@@ -89,12 +92,14 @@ enum End {
 impl Deliveries {
     /// Streams whose tasks run on, and are counted by, `tasks`.
     pub fn new(config: &Config, metrics: Arc<Metrics>, tasks: Tasks) -> Deliveries {
+        metrics.streams_limit.set(i64::try_from(config.limits.streams).unwrap_or(i64::MAX));
         Deliveries(Arc::new(Shared {
             slots: Arc::new(Semaphore::new(config.limits.streams.min(Semaphore::MAX_PERMITS))),
             sse: config.sse.clone(),
             stall: config.limits.stall,
             expiry_warning: config.auth.jwt.expiry_warning,
             drain: config.drain.clone(),
+            register: Register::new(config.debug.ended),
             draining: CancellationToken::new(),
             metrics,
             tasks,
@@ -105,6 +110,11 @@ impl Deliveries {
     pub fn admit(&self, place: Place) -> Option<Admission> {
         let slot = self.0.slots.clone().try_acquire_owned().ok()?;
         Some(Admission { deliveries: self.clone(), slot, place })
+    }
+
+    /// The streams, for whoever looks at them.
+    pub fn register(&self) -> &Register {
+        &self.0.register
     }
 
     /// Ends every stream at its own moment, and waits until the last has ended.
@@ -131,6 +141,7 @@ impl Admission {
         socket: StdTcpStream,
         opening: Opening,
         cursor: Cursor,
+        client: Client,
         expires: Option<Timestamp>,
     ) -> io::Result<()> {
         let Admission { deliveries, slot, place } = self;
@@ -145,7 +156,9 @@ impl Admission {
         let opening = opening_bytes(opening, deliveries.retry());
         // Used where it stands, and all that is rare is boxed: this future is what an idle client costs.
         let expiry = expires.map(|expires| Box::new(Expiry::new(expires, deliveries.0.expiry_warning)));
-        let mut delivery = Delivery { socket, cursor, deliveries: deliveries.0, opening, unasked_bytes: 0, expiry };
+        let record = deliveries.0.register.open(client, cursor.whereabouts());
+        let deliveries = deliveries.0;
+        let mut delivery = Delivery { socket, cursor, deliveries, record, opening, unasked_bytes: 0, expiry };
         tasks.spawn_uncut(async move {
             delivery.deliveries.metrics.streams.inc();
             let end = delivery.run().await;
@@ -153,6 +166,7 @@ impl Admission {
             drop((slot, place));
             delivery.deliveries.metrics.streams.dec();
             delivery.deliveries.metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
+            delivery.deliveries.register.close(delivery.record, end.as_str()).log();
         });
         Ok(())
     }
@@ -177,6 +191,7 @@ struct Delivery {
     socket: TcpStream,
     cursor: Cursor,
     deliveries: Arc<Shared>,
+    record: Arc<Record>,
     /// Empty once it has been written.
     opening: Bytes,
     unasked_bytes: usize,
@@ -278,11 +293,15 @@ impl Delivery {
                     if quiet < heartbeat / 2 {
                         next = next.saturating_sub(quiet);
                     } else {
-                        let block = match self.cursor.quiet_position() {
-                            Some(id) => sse::position(&id),
-                            None => Bytes::from_static(sse::HEARTBEAT),
+                        // The position itself is not kept while writing: it would cost every stream its size.
+                        let (block, has_moved) = match self.cursor.quiet_position() {
+                            Some(id) => (sse::position(&id), true),
+                            None => (Bytes::from_static(sse::HEARTBEAT), false),
                         };
                         self.write_all(block).await?;
+                        if has_moved {
+                            self.cursor.tell(&self.record.whereabouts, u64::MAX);
+                        }
                     }
                     beat.as_mut().reset(self.beat_after(next));
                 }
@@ -353,8 +372,12 @@ impl Delivery {
                     let metrics = &self.deliveries.metrics;
                     metrics.writes.inc();
                     metrics.bytes_delivered.inc_by(written as u64);
-                    let Whole { count, newest_stored } = take_off(frames, written);
+                    let Whole { count, reached, newest_stored } = take_off(frames, written);
                     metrics.events_delivered.inc_by(count);
+                    self.record.wrote(count, written);
+                    if let Some(reached) = reached {
+                        self.cursor.tell(&self.record.whereabouts, reached);
+                    }
                     if let Some(stored) = newest_stored {
                         metrics.delivery_seconds.observe(seconds_since(stored));
                     }
@@ -371,6 +394,7 @@ impl Delivery {
             match self.socket.try_write(&bytes) {
                 Ok(written) => {
                     self.deliveries.metrics.bytes_delivered.inc_by(written as u64);
+                    self.record.wrote(0, written);
                     bytes.advance(written);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -417,12 +441,14 @@ impl Delivery {
 /// The frames that were written to their end.
 struct Whole {
     count: u64,
+    /// The sequence of the last of them.
+    reached: Option<u64>,
     newest_stored: Option<Timestamp>,
 }
 
 /// Takes what was written off the front of `frames`.
 fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> Whole {
-    let mut whole = Whole { count: 0, newest_stored: None };
+    let mut whole = Whole { count: 0, reached: None, newest_stored: None };
     while let Some(frame) = frames.front_mut() {
         for piece in [&mut frame.id_line, &mut frame.block] {
             let part = piece.len().min(written);
@@ -433,6 +459,7 @@ fn take_off(frames: &mut VecDeque<Frame>, mut written: usize) -> Whole {
             break;
         }
         whole.count += 1;
+        whole.reached = Some(frame.sequence);
         whole.newest_stored = frame.stored.or(whole.newest_stored);
         frames.pop_front();
     }

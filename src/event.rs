@@ -82,6 +82,16 @@ impl Epoch {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         Epoch(((z ^ (z >> 31)) % Self::COUNT) as u32)
     }
+
+    /// The epoch as a number, for whoever keeps it in an atomic.
+    pub(crate) fn number(self) -> u32 {
+        self.0
+    }
+
+    /// The epoch with this [`Epoch::number`].
+    pub(crate) fn of(number: u32) -> Epoch {
+        Epoch(number)
+    }
 }
 
 impl fmt::Display for Epoch {

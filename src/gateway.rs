@@ -103,6 +103,7 @@ impl Gateway {
             shares: Limits::new(&config.limits),
             proxies: Proxies::new(config.trusted_proxies.clone(), config.address_header),
             cors: Cors::new(&config.cors, unlisted),
+            debug: config.debug.clone(),
             draining: draining.clone(),
         };
         let servers = Servers::start(app, public, admin).await?;

@@ -24,7 +24,7 @@
 //! | [`sse`] | event -> bytes; pure | event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
-//! | [`config`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
+//! | [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
 //! `hub` because a task pulls from its cursor, and nothing is ever pushed at it.
@@ -68,6 +68,7 @@ pub mod gateway;
 pub mod http;
 pub mod hub;
 pub mod limits;
+pub mod log;
 pub mod metrics;
 pub mod position;
 pub mod shutdown;

@@ -1,16 +1,16 @@
 //! The `tidegate` command: configuration, start, signal, drain. And two small ones that make keys and tokens.
 
-use std::{error::Error, io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration};
+use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use tidegate::{
     auth::{self, Grant, NewKey},
     config::{Config, Rights, parse_duration},
     gateway::{Gateway, NOISE_OFF, StartError},
+    log,
     subject::Filter,
 };
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// The configuration can't be used.
 const EXIT_CONFIG: u8 = 78;
@@ -111,7 +111,7 @@ fn serve(arguments: Arguments) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(EXIT_CONFIG, &error),
     };
-    if let Err(error) = start_logging(&config.log.filter) {
+    if let Err(error) = log::start(&config.log, NOISE_OFF) {
         return fail(EXIT_CONFIG, &error);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -155,16 +155,6 @@ async fn wait_for_signal() {
         _ = terminate.recv() => {}
         _ = tokio::signal::ctrl_c() => {}
     }
-}
-
-fn start_logging(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter = EnvFilter::try_new(filter)?.add_directive(NOISE_OFF.parse()?);
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
-    Ok(())
 }
 
 impl From<RightsArguments> for Rights {

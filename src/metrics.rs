@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Counter, Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
 };
 
 macro_rules! metrics {
-    ($($field:ident: $kind:ident($name:literal, $help:literal $(, [$($more:literal),*])?);)*) => {
+    ($($field:ident: $kind:ident($name:literal, $help:literal $(, [$($more:tt)*])?);)*) => {
         /// One gateway's metrics, each registered under its name.
         pub struct Metrics {
             registry: Registry,
@@ -18,7 +18,7 @@ macro_rules! metrics {
             pub fn new() -> Metrics {
                 let registry = Registry::new();
                 $(
-                    let $field = metrics!(@make $kind, $name, $help $(, [$($more),*])?)
+                    let $field = metrics!(@make $kind, $name, $help $(, [$($more)*])?)
                         .expect("names, labels and buckets are well-formed");
                     registry.register(Box::new($field.clone())).expect("names are distinct");
                 )*
@@ -38,37 +38,46 @@ macro_rules! metrics {
         Histogram::with_opts(HistogramOpts::new($name, $help).buckets(vec![$($bucket),*]))
     };
     (@make $kind:ident, $name:literal, $help:literal) => { $kind::with_opts(Opts::new($name, $help)) };
-    (@make $kind:ident, $name:literal, $help:literal, [$($label:literal),*]) => {
-        $kind::new(Opts::new($name, $help), &[$($label),*])
+    // Each value is there from the start: of a series that begins with its first count, no increase is ever seen.
+    (@make $kind:ident, $name:literal, $help:literal, [$label:literal: $($value:literal),*]) => {
+        $kind::new(Opts::new($name, $help), &[$label]).inspect(|family| {
+            let values: &[&str] = &[$($value),*];
+            values.iter().for_each(|value| drop(family.with_label_values(&[value])));
+        })
     };
 }
 
 metrics! {
     streams: IntGauge("tidegate_streams", "Streams that are open now.");
+    streams_limit: IntGauge("tidegate_streams_limit", "Streams that may be open: limits.streams.");
     streams_behind: IntGauge("tidegate_streams_behind", "Streams that are served from history now.");
-    streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by how they began.", ["start"]);
-    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason"]);
+    streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by how they began.", ["start": "new", "resumed", "gap"]);
+    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "write-failed", "drained", "cut", "token-expired"]);
     feeds: IntGauge("tidegate_feeds", "Feeds (distinct filters) that are kept now.");
     events_received: IntCounter("tidegate_events_received_total", "Events that came from the broker, counted for each feed.");
     events_delivered: IntCounter("tidegate_events_delivered_total", "Events written to clients, counted for each client.");
     bytes_delivered: IntCounter("tidegate_bytes_delivered_total", "Bytes written to streams.");
     writes: IntCounter("tidegate_writes_total", "Writes to streams; each may carry several events.");
     delivery_seconds: Histogram("tidegate_delivery_seconds", "From an event's storage to its write to a client, for the newest of each write; history is not counted.", [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]);
-    publishes: IntCounterVec("tidegate_publishes_total", "Events taken in over HTTP, by what became of them.", ["outcome"]);
+    publishes: IntCounterVec("tidegate_publishes_total", "Events taken in over HTTP, by what became of them.", ["outcome": "stored", "unavailable", "unknown", "condition", "refused"]);
+    publish_bytes: IntCounter("tidegate_publish_bytes_total", "Bytes of payload that were stored over HTTP.");
     publish_seconds: Histogram("tidegate_publish_seconds", "From handing an event to the broker to its acknowledgement.", [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0]);
-    doubts: IntCounterVec("tidegate_doubts_total", "Times a feed read again from its proven position, by why.", ["cause"]);
-    gaps: IntCounterVec("tidegate_gaps_total", "Gaps that clients were told of, by why.", ["reason"]);
+    doubts: IntCounterVec("tidegate_doubts_total", "Times a feed read again from its proven position, by why.", ["cause": "new", "chain", "overflow", "sequence", "audit", "resubscribed"]);
+    gaps: IntCounterVec("tidegate_gaps_total", "Gaps that clients were told of, by why.", ["reason": "expired", "recreated", "unknown-id"]);
     history_reads: IntCounter("tidegate_history_reads_total", "Pages of history read on behalf of clients.");
     history_shared: IntCounter("tidegate_history_shared_total", "Pages of history that had been read for another client.");
     history_events: IntCounter("tidegate_history_events_total", "Events in pages of history read on behalf of clients.");
-    refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code"]);
-    jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome"]);
+    history_bytes: IntCounter("tidegate_history_bytes_total", "Bytes of payload in pages of history read on behalf of clients.");
+    refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code":]);
+    jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome": "read", "failed"]);
     connections_refused: IntCounter("tidegate_connections_refused_total", "Connections closed at once: their address had as many as it may have.");
     broker_up: IntGauge("tidegate_broker_up", "1 while the broker can be reached.");
     broker_connections: IntCounter("tidegate_broker_connections_total", "Connections to the broker that were made, the first ones included.");
     broker_round_trip_seconds: Gauge("tidegate_broker_round_trip_seconds", "How long the broker took to answer the last question about the stream.");
     runtime_tasks: IntGauge("tidegate_runtime_tasks", "Tasks that are alive: streams, feeds and what serves them.");
     runtime_queue: IntGauge("tidegate_runtime_queue", "Tasks that wait for a thread.");
+    runtime_workers: IntGauge("tidegate_runtime_workers", "Threads that run tasks.");
+    runtime_busy_seconds: Counter("tidegate_runtime_busy_seconds_total", "How long threads have been running tasks, all of them together.");
 }
 
 /// One of those that a gauge counts, for as long as it is kept.
@@ -94,17 +103,21 @@ pub struct Now {
     pub broker_round_trip: Duration,
     pub runtime_tasks: usize,
     pub runtime_queue: usize,
+    pub runtime_workers: usize,
+    pub runtime_busy: Duration,
 }
 
 impl Metrics {
     /// The text format of Prometheus.
     pub fn encode(&self, now: Now) -> Vec<u8> {
-        let Now { broker_up, broker_connections, broker_round_trip, runtime_tasks, runtime_queue } = now;
-        self.broker_up.set(i64::from(broker_up));
-        self.broker_connections.inc_by(broker_connections.saturating_sub(self.broker_connections.get()));
-        self.broker_round_trip_seconds.set(broker_round_trip.as_secs_f64());
-        self.runtime_tasks.set(runtime_tasks as i64);
-        self.runtime_queue.set(runtime_queue as i64);
+        self.broker_up.set(i64::from(now.broker_up));
+        self.broker_connections.inc_by(now.broker_connections.saturating_sub(self.broker_connections.get()));
+        self.broker_round_trip_seconds.set(now.broker_round_trip.as_secs_f64());
+        self.runtime_tasks.set(now.runtime_tasks as i64);
+        self.runtime_queue.set(now.runtime_queue as i64);
+        self.runtime_workers.set(now.runtime_workers as i64);
+        let busy = now.runtime_busy.as_secs_f64() - self.runtime_busy_seconds.get();
+        self.runtime_busy_seconds.inc_by(busy.max(0.0));
         let mut text = vec![];
         TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("writing to memory does not fail");
         text

@@ -748,11 +748,14 @@ fn a_minted_token_is_taken() {
 }
 
 #[test]
-fn nothing_that_is_logged_holds_a_token_or_a_secret() {
-    let mut gateway = with_secret().with("log.filter", "debug").with("auth.query_token", "true").start();
+fn nothing_that_is_logged_holds_a_token_a_key_a_secret_or_a_payload() {
+    let mut gateway = with_secret().with("log.filter", "debug,tidegate=trace").with("auth.query_token", "true").start();
     let good = reader(&["demo"]);
     let bad = format!("{good}x");
-    for token in [&good, &bad] {
+    let key = format!("tgk_{}", "k".repeat(43));
+    let writer = token(json!({ "sub": "ben", "tidegate": { "publish": ["demo"] } }));
+    assert_eq!(gateway.ask(Request::post("/events/demo").body("a payload").bearer(&writer)).status, 201);
+    for token in [&good, &bad, &key] {
         ask(&gateway, get("/events/demo").bearer(token));
         ask(&gateway, get("/events/demo").header("Cookie", format!("tidegate={token}")));
         ask(&gateway, get(&format!("/events/demo?token={token}")));
@@ -760,7 +763,10 @@ fn nothing_that_is_logged_holds_a_token_or_a_secret() {
     gateway.terminate();
     let log = gateway.log();
     let signature = good.rsplit_once('.').unwrap().1;
-    assert!(!log.contains(signature) && !log.contains(SECRET), "{log}");
+    assert!(log.contains("a stream has ended"), "{log}");
+    for secret in [signature, writer.rsplit_once('.').unwrap().1, &key, SECRET, "a payload"] {
+        assert!(!log.contains(secret), "{secret} is in {log}");
+    }
 }
 
 /// A page that renews its cookie when it is warned, as the README has it; the events themselves are the test's to watch.

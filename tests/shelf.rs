@@ -8,6 +8,7 @@ mod sync {
 }
 
 #[path = "../src/hub/shelf.rs"]
+#[expect(dead_code, reason = "not all of it is tried here")]
 mod shelf;
 
 use shelf::{Forgotten, Readers, Shelf};

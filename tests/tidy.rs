@@ -11,7 +11,7 @@ use tidegate::{http::error::Code, metrics::Metrics};
 
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["gateway", "auth", "config", "subject"]),
+    ("main", &["gateway", "auth", "config", "log", "subject"]),
     ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "shutdown", "config"]),
     (
         "http",
@@ -29,6 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("sse", &["event"]),
     ("event", &["subject"]),
     ("config", &["subject", "fuzz"]),
+    ("log", &["config"]),
     ("metrics", &[]),
     ("shutdown", &[]),
     ("subject", &[]),
@@ -46,6 +47,7 @@ const OWNED: &[(&str, &[&str])] = &[
     ("governor", &["limits"]),
     ("ipnet", &["http/address", "config"]),
     ("prometheus", &["metrics"]),
+    ("tracing_subscriber", &["log"]),
     ("figment", &["config"]),
     ("clap", &["main"]),
     ("socket2", &["delivery"]),

@@ -4,6 +4,7 @@ pub mod address;
 mod batch;
 mod connection;
 pub mod cors;
+mod debug;
 pub mod error;
 #[cfg(test)]
 mod fuzz;
@@ -41,7 +42,7 @@ use self::{
 use crate::{
     auth::Auth,
     broker::{Health, Publication, Publish, PublishError, Published, SharedBroker},
-    config,
+    config::{self, Debug},
     delivery::Deliveries,
     hub::Hub,
     limits::{Limits, Place},
@@ -68,6 +69,7 @@ pub struct App {
     pub shares: Limits,
     pub proxies: Proxies,
     pub cors: Cors,
+    pub debug: Debug,
     /// Cancelled when the node begins to drain.
     pub draining: CancellationToken,
 }
@@ -92,6 +94,8 @@ fn admin_routes(config: &mut web::ServiceConfig) {
         .route("/metrics", web::get().to(metrics))
         .route("/health/live", web::get().to(HttpResponse::Ok))
         .route("/health/ready", web::get().to(ready))
+        .route("/debug/streams", web::get().to(debug::streams))
+        .route("/debug/feeds", web::get().to(debug::feeds))
         .default_service(web::to(not_found));
 }
 
@@ -150,6 +154,7 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
 /// # Errors
 /// When the listener can't be used.
 pub fn serve_admin(app: App, listener: TcpListener) -> io::Result<Server> {
+    Code::ALL.iter().for_each(|code| drop(app.metrics.refusals.with_label_values(&[code.as_str()])));
     let service = move || {
         let service = actix_web::App::new().app_data(web::Data::new(app.clone())).configure(admin_routes);
         let service = service.into_factory().map_err(|error| error.error_response());
@@ -181,6 +186,8 @@ async fn metrics(app: web::Data<App>) -> HttpResponse {
         broker_round_trip: link.round_trip,
         runtime_tasks: runtime.num_alive_tasks(),
         runtime_queue: runtime.global_queue_depth(),
+        runtime_workers: runtime.num_workers(),
+        runtime_busy: (0..runtime.num_workers()).map(|worker| runtime.worker_total_busy_duration(worker)).sum(),
     };
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode(now))
 }
@@ -255,14 +262,18 @@ impl App {
 
     /// Hands an event to the broker. What comes back resolves once it is stored, or is not.
     async fn publish(&self, publication: Publication) -> Result<Receipt, ApiError> {
-        let (began, metrics) = (Instant::now(), self.metrics.clone());
+        let (began, metrics, bytes) = (Instant::now(), self.metrics.clone(), publication.payload.len());
         let acknowledgement = self.publisher.publish(publication).await;
         let acknowledgement = acknowledgement.inspect_err(|error| count_publish(&metrics, Err(error)))?;
         Ok(Box::pin(async move {
             let outcome = acknowledgement.await;
             metrics.publish_seconds.observe(began.elapsed().as_secs_f64());
             count_publish(&metrics, outcome.as_ref());
-            Ok(outcome?)
+            let published = outcome?;
+            if !published.duplicate {
+                metrics.publish_bytes.inc_by(bytes as u64);
+            }
+            Ok(published)
         }))
     }
 
@@ -270,13 +281,24 @@ impl App {
         self.metrics.refusals.with_label_values(&[error.code.as_str()]).inc();
     }
 
-    fn refuse(&self, request: &HttpRequest, error: &ApiError) -> HttpResponse {
+    /// Counts a refusal, and leaves a line for whoever has its request id: at `info` where it is not the client's to mend.
+    fn note_refusal(&self, request: &HttpRequest, error: &ApiError) {
         self.count_refusal(error);
+        let (code, request_id) = (error.code.as_str(), passage::request_id(request));
+        let request_id = request_id.as_deref();
+        match error.code.status().is_server_error() {
+            true => tracing::info!(code, request_id, "a request is refused"),
+            false => tracing::debug!(code, request_id, "a request is refused"),
+        }
+    }
+
+    fn refuse(&self, request: &HttpRequest, error: &ApiError) -> HttpResponse {
+        self.note_refusal(request, error);
         error.response(request)
     }
 
     fn refuse_stream(&self, request: &HttpRequest, error: &ApiError) -> HttpResponse {
-        self.count_refusal(error);
+        self.note_refusal(request, error);
         error.stream_response(request, self.deliveries.retry())
     }
 }

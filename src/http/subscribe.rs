@@ -104,9 +104,9 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principa
     let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
     let Wish { filters, start, format } = wish;
     let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
-    let expires = principal.expires();
+    let (client, expires) = (who::client(request, principal), principal.expires());
     let handoff = Handoff::new(slot, move |socket| {
-        if let Err(error) = admission.deliver(socket, opening, cursor, expires) {
+        if let Err(error) = admission.deliver(socket, opening, cursor, client, expires) {
             tracing::warn!(%error, "a stream's socket could not be taken over");
         }
     });

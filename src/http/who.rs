@@ -13,10 +13,12 @@ use actix_web::{
 use super::{
     App,
     error::{ApiError, Code},
+    passage,
     query::Query,
 };
 use crate::{
     auth::{Carrier, Credential, Principal, local},
+    delivery::Client,
     subject::{Filter, Subject},
 };
 
@@ -38,6 +40,16 @@ pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result
         return Err(ApiError::new(Code::AmbiguousToken, detail));
     }
     Ok(app.auth.identify(Some(Credential { text, carrier: *carrier })).await?)
+}
+
+/// Who they are to whoever looks at their stream.
+pub fn client(request: &HttpRequest, principal: &Principal) -> Client {
+    let peer = || request.peer_addr().map(|peer| peer.ip().to_canonical());
+    Client {
+        address: passage::address(request).or_else(peer),
+        principal: principal.name().into(),
+        request_id: passage::request_id(request),
+    }
 }
 
 /// Refuses a stream unless all of it is allowed. Decided from names alone: what is forbidden is not looked up.

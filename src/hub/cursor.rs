@@ -26,6 +26,7 @@ use super::{
     log::Passage,
     pages::{Ahead, SharedPage},
     resume::{self, Found, StartAt},
+    whereabouts::Whereabouts,
 };
 use crate::{
     broker::{SnapshotPage, SnapshotRead},
@@ -207,6 +208,27 @@ impl Cursor {
             place.position = place.position.max(settled);
         }
         moved.then(|| self.position())
+    }
+
+    /// Where the client stands, to be looked at from outside while it is kept up by [`Cursor::tell`].
+    pub fn whereabouts(&self) -> Whereabouts {
+        let places = self.places.iter().map(|place| place.reader.feed.filter.clone());
+        Whereabouts::new(self.epoch, places.zip(self.standpoints(u64::MAX)))
+    }
+
+    /// Says that what was handed over last has been written, up to `sequence`.
+    pub fn tell(&self, whereabouts: &Whereabouts, sequence: u64) {
+        whereabouts.set(self.epoch, self.standpoints(sequence));
+    }
+
+    /// Where each place stands, if what was handed over last counts only up to `sequence`.
+    fn standpoints(&self, sequence: u64) -> impl Iterator<Item = u64> {
+        let snapshot = self.snapshot.as_ref().map(|snapshot| snapshot.position.min(sequence));
+        let place = move |(number, place): (usize, &Place)| {
+            let written = if number == self.turn { place.position.min(sequence) } else { place.position };
+            snapshot.unwrap_or(written)
+        };
+        self.places.iter().enumerate().map(place)
     }
 
     /// Where the client stands. During a snapshot that is in the snapshot, not behind it.

@@ -100,6 +100,19 @@ pub(super) enum Take {
     Closed,
 }
 
+/// A feed, as whoever looks for it sees it.
+pub struct Seen {
+    pub filter: Filter,
+    pub readers: usize,
+    /// Up to where it is complete, once it has started.
+    pub proven: Option<EventId>,
+    /// Recent events that it remembers, and their bytes.
+    pub events: usize,
+    pub bytes: usize,
+    /// It is being read for, because something may be missing.
+    pub in_doubt: bool,
+}
+
 /// A reader's hold on a feed: while there is one, the feed is kept.
 pub(super) struct Reader {
     pub(super) feed: Arc<Feed>,
@@ -296,6 +309,25 @@ impl Feed {
         let state = self.state();
         let at_rest = !state.closed && state.log.ends_at(position);
         if at_rest { state.log.proven().max(position) } else { position }
+    }
+
+    /// See [`Hub::behind`].
+    pub(super) fn behind(&self, epoch: Epoch, position: u64) -> Option<u64> {
+        self.start.get().filter(|started| started.epoch == epoch)?;
+        Some(self.proven().saturating_sub(self.settled(position)))
+    }
+
+    pub(super) fn seen(&self) -> Seen {
+        let state = self.state();
+        let sequence = state.log.proven();
+        Seen {
+            filter: self.filter.clone(),
+            readers: self.readers.count(),
+            proven: self.start.get().map(|started| EventId { epoch: started.epoch, sequence }),
+            events: state.log.len(),
+            bytes: state.log.bytes(),
+            in_doubt: state.repair.is_some(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -72,6 +72,15 @@ impl Log {
         Log { base: sequence, proven: sequence, ..Log::default() }
     }
 
+    /// How many events it remembers, and what they take.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     pub fn proven(&self) -> u64 {
         self.proven
     }

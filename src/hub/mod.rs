@@ -16,6 +16,7 @@ mod resume;
 mod shelf;
 #[cfg(test)]
 mod tests;
+mod whereabouts;
 
 use std::{sync::Arc, time::Duration};
 
@@ -30,12 +31,14 @@ use self::{
 };
 pub use self::{
     cursor::{Cursor, Frame},
+    feed::Seen as FeedSeen,
     resume::{Opening, Start, StartAt},
+    whereabouts::Whereabouts,
 };
 use crate::{
     broker::{Bounds, BrokerError, From, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
     config,
-    event::Epoch,
+    event::{Epoch, Event},
     metrics::Metrics,
     shutdown::Tasks,
     sse::Format,
@@ -143,6 +146,20 @@ impl Hub {
         forgotten != Forgotten::No
     }
 
+    /// How many sequences a reader at `position` is behind what is proven; 0 if nothing that it reads lies in between.
+    /// `None` if the feed of its filter is gone, or is of another stream.
+    pub fn behind(&self, filter: &Filter, epoch: Epoch, position: u64) -> Option<u64> {
+        self.0.feeds.get(filter)?.behind(epoch, position)
+    }
+
+    /// The feeds of the filters after this text: the first so many, by name.
+    pub fn feeds_after(&self, name: &str, count: usize) -> Vec<FeedSeen> {
+        let mut feeds = self.0.feeds.all();
+        feeds.retain(|feed| feed.filter.as_str() > name);
+        feeds.sort_unstable_by(|one, other| one.filter.cmp(&other.filter));
+        feeds.iter().take(count).map(|feed| feed.seen()).collect()
+    }
+
     /// Reads a page for a feed, in its turn.
     async fn read_for_feed(&self, read: Read) -> Result<Page, BrokerError> {
         let _turn = self.0.repairs.acquire().await.expect("the semaphore is never closed");
@@ -152,9 +169,8 @@ impl Hub {
     /// Reads a page for a client, in its turn.
     async fn read_history(&self, read: Read) -> Result<Page, BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
-        self.0.metrics.history_reads.inc();
         let page = self.0.broker.read(read).await?;
-        self.0.metrics.history_events.inc_by(page.events.len() as u64);
+        self.count_history(&page.events);
         Ok(page)
     }
 
@@ -185,10 +201,16 @@ impl Hub {
     /// Reads a page of a snapshot for a client, in its turn.
     async fn read_snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
-        self.0.metrics.history_reads.inc();
         let page = self.0.broker.snapshot(read).await?;
-        self.0.metrics.history_events.inc_by(page.events.len() as u64);
+        self.count_history(&page.events);
         Ok(page)
+    }
+
+    fn count_history(&self, events: &[Event]) {
+        let metrics = &self.0.metrics;
+        metrics.history_reads.inc();
+        metrics.history_events.inc_by(events.len() as u64);
+        metrics.history_bytes.inc_by(events.iter().map(|event| event.payload.len() as u64).sum());
     }
 
     /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and

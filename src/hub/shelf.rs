@@ -25,7 +25,11 @@ pub struct Desertion(usize);
 impl Readers {
     /// Whether there are any.
     pub fn any(&self) -> bool {
-        self.now.load(Ordering::Acquire) > 0
+        self.count() > 0
+    }
+
+    pub fn count(&self) -> usize {
+        self.now.load(Ordering::Acquire)
     }
 
     /// One of them leaves. Says so if it was the last.
@@ -64,6 +68,10 @@ impl<K: Hash + Eq + Clone, V: AsRef<Readers>> Shelf<K, V> {
             false => return Forgotten::Before,
         };
         Forgotten::Now
+    }
+
+    pub fn get(&self, name: &K) -> Option<Arc<V>> {
+        self.0.lock().expect(UNPOISONED).get(name).cloned()
     }
 
     pub fn all(&self) -> Vec<Arc<V>> {

@@ -1,0 +1,45 @@
+//! Where a client stands, for whoever looks at its stream from outside: written beside its cursor, with no lock.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+use crate::{
+    event::Epoch,
+    position::{Position, Tag},
+    subject::Filter,
+};
+
+/// Where a client stood when something was last written to it.
+///
+/// Its parts are written one by one: who looks in the moment in which a stream turns out to have been made again may see
+/// places of the one with the epoch of the other.
+pub struct Whereabouts {
+    epoch: AtomicU32,
+    places: Box<[(Filter, AtomicU64)]>,
+}
+
+impl Whereabouts {
+    pub(super) fn new(epoch: Epoch, places: impl Iterator<Item = (Filter, u64)>) -> Whereabouts {
+        let places = places.map(|(filter, at)| (filter, at.into())).collect();
+        Whereabouts { epoch: epoch.number().into(), places }
+    }
+
+    pub(super) fn set(&self, epoch: Epoch, places: impl Iterator<Item = u64>) {
+        self.epoch.store(epoch.number(), Relaxed);
+        self.places.iter().zip(places).for_each(|((_, place), at)| place.store(at, Relaxed));
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        Epoch::of(self.epoch.load(Relaxed))
+    }
+
+    /// The filters that the client reads, and up to where it has each.
+    pub fn places(&self) -> impl ExactSizeIterator<Item = (&Filter, u64)> {
+        self.places.iter().map(|(filter, at)| (filter, at.load(Relaxed)))
+    }
+
+    /// The last id that the client was told, or one that says the same.
+    pub fn position(&self) -> Position {
+        let base = self.places().map(|(_, at)| at).min().unwrap_or(0);
+        Position::new(self.epoch(), base, self.places().map(|(filter, at)| (Tag::of(filter), at)))
+    }
+}
