@@ -88,8 +88,8 @@ fn probes_ask_what_the_admin_listener_answers() {
 
 #[test]
 fn what_compose_mounts_is_there() {
-    // Made by whoever starts it, as its first lines say; and Grafana's, once there are dashboards.
-    let made = ["./nginx/tls", "./grafana/provisioning"];
+    // Made by whoever starts it, as its first lines say.
+    let made = ["./nginx/tls"];
     let compose = yaml("compose.yaml");
     let services = compose["services"].as_object().expect("services are named").values();
     let volumes = services.filter_map(|service| service["volumes"].as_array()).flatten();

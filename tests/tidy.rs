@@ -117,6 +117,22 @@ fn the_readme_tells_of_every_error_code_and_metric() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
+#[test]
+fn the_dashboard_and_the_rules_know_every_metric_and_no_other() {
+    let asked: String = ["provisioning/dashboards/tidegate.json", "rules.yml"]
+        .map(|file| fs::read_to_string(root().join("grafana").join(file)).unwrap())
+        .concat();
+    let named: BTreeSet<_> = asked.split("tidegate_").skip(1).map(name_at_start).collect();
+    let series = |name: &str| {
+        let name = format!("tidegate_{name}");
+        ["_bucket", "_sum", "_count"].iter().find_map(|part| name.strip_suffix(part).map(str::to_owned)).unwrap_or(name)
+    };
+    let named: BTreeSet<_> = named.iter().flatten().map(|name| series(name)).collect();
+    let known: BTreeSet<_> = Metrics::names().iter().map(|name| name.to_string()).collect();
+    let wrong: Vec<_> = named.symmetric_difference(&known).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }

@@ -14,6 +14,7 @@ pub mod gateway;
 pub mod http;
 pub mod nats;
 pub mod nginx;
+pub mod prometheus;
 pub mod site;
 pub mod sse;
 pub mod tokens;
