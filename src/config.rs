@@ -2,23 +2,22 @@
 //! rest uses. After [`Config::load`] nothing is checked again.
 
 mod auth;
+mod sources;
 
 use std::{
+    fmt, io,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
-use figment::{
-    Figment,
-    providers::{Env, Format, Serialized, Toml},
-};
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
-pub use self::auth::{ApiKey, Auth, AuthMode, Jwt, Policy, Rights, Secret};
-
-const SECRET_VARIABLE: &str = "TIDEGATE_AUTH__JWT__SECRET";
+pub use self::{
+    auth::{ApiKey, Auth, AuthMode, Jwt, Policy, Rights, Secret},
+    sources::Sources,
+};
 
 /// Every key with its default, its unit and a line of why; also the documentation of the configuration file.
 pub const DEFAULTS: &str = include_str!("config.default.toml");
@@ -94,6 +93,9 @@ pub struct Sse {
     pub heartbeat: Duration,
     #[serde(deserialize_with = "duration")]
     pub retry: Duration,
+    /// Zero: for ever.
+    #[serde(deserialize_with = "duration_or_zero")]
+    pub max_life: Duration,
     #[serde(deserialize_with = "positive")]
     pub write_bytes: usize,
 }
@@ -171,6 +173,8 @@ pub struct Limits {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drain {
+    #[serde(deserialize_with = "duration_or_zero")]
+    pub notice: Duration,
     #[serde(deserialize_with = "duration")]
     pub spread: Duration,
     #[serde(deserialize_with = "duration")]
@@ -202,6 +206,8 @@ pub struct Nats {
     pub request_timeout: Duration,
     #[serde(deserialize_with = "positive")]
     pub subscription_messages: usize,
+    #[serde(deserialize_with = "duration_or_zero")]
+    pub away_after: Duration,
     pub stream: NatsStream,
 }
 
@@ -220,10 +226,10 @@ pub struct NatsStream {
 /// Settings that can't be used, in words for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("configuration: {0}")]
-    Values(#[from] Box<figment::Error>),
-    #[error("configuration: there is no file {}", .0.display())]
-    NoFile(PathBuf),
+    #[error("configuration: {} can't be read: {source}", .file.display())]
+    Unreadable { file: PathBuf, source: io::Error },
+    #[error("configuration: {place}: {what}")]
+    Wrong { place: String, what: String },
     #[error("configuration: {0}")]
     Rule(String),
 }
@@ -232,26 +238,19 @@ impl Config {
     /// Layers `flags` (dotted keys) over the environment over `file` over the defaults.
     ///
     /// # Errors
-    /// On unknown keys, values of the wrong type or out of range, and a file that is not there.
-    pub fn load(file: Option<PathBuf>, flags: Vec<(&'static str, String)>) -> Result<Config, ConfigError> {
-        let mut layers = Figment::from(Toml::string(DEFAULTS));
-        if let Some(file) = file {
-            if !file.is_file() {
-                return Err(ConfigError::NoFile(file));
-            }
-            layers = layers.merge(Toml::file_exact(file));
+    /// On unknown keys, values of the wrong type or out of range, and a file that can't be read.
+    pub fn load(file: Option<PathBuf>, flags: Vec<(&str, String)>) -> Result<Config, ConfigError> {
+        Sources::read(file, flags)?.config()
+    }
+
+    /// Whether a setting can change under a gateway that runs; all others are of its start.
+    pub fn changes_while_it_runs(key: &str) -> bool {
+        let of_servers = ["event_bytes", "connections", "request_head", "keep_alive"];
+        match key.split_once('.') {
+            Some(("auth" | "cors", _) | ("log", "filter")) => true,
+            Some(("limits", limit)) => !of_servers.contains(&limit),
+            _ => false,
         }
-        let secret = std::env::var(SECRET_VARIABLE).ok();
-        layers = layers.merge(Env::prefixed("TIDEGATE_").ignore(&["config", "auth__jwt__secret"]).split("__"));
-        if let Some(secret) = secret {
-            // Taken as it is: read as a value, one of digits would be a number, and then stand in an error.
-            layers = layers.merge(Serialized::default("auth.jwt.secret", secret));
-        }
-        for (key, value) in flags {
-            layers = layers.merge(Serialized::default(key, value));
-        }
-        let config: Config = layers.extract().map_err(Box::new)?;
-        config.check()
     }
 
     fn check(self) -> Result<Config, ConfigError> {
@@ -305,18 +304,28 @@ fn rule<T>(text: String) -> Result<T, ConfigError> {
 
 /// A positive time such as `"15s"`, `"10m"` or `"7d"`.
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    parse_duration(&text)
-        .ok_or_else(|| de::Error::custom(format!("{text:?} is no time such as \"15s\", \"10m\" or \"7d\"")))
+    deserializer.deserialize_str(Time { or_zero: false })
 }
 
 /// The same, or `"0s"`: not at all.
 fn duration_or_zero<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    match &*text {
-        "0s" => Ok(Duration::ZERO),
-        text => parse_duration(text)
-            .ok_or_else(|| de::Error::custom(format!("{text:?} is no time such as \"0s\", \"15s\" or \"10m\""))),
+    deserializer.deserialize_str(Time { or_zero: true })
+}
+
+struct Time {
+    or_zero: bool,
+}
+
+impl de::Visitor<'_> for Time {
+    type Value = Duration;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.or_zero { "a time such as 0s, 15s or 10m" } else { "a time such as 15s, 10m or 7d" })
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Duration, E> {
+        let zero = (self.or_zero && text == "0s").then_some(Duration::ZERO);
+        zero.or_else(|| parse_duration(text)).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
     }
 }
 
@@ -380,10 +389,7 @@ mod tests {
 
         #[test]
         fn fuzz_a_file_can_be_used_or_says_why_not(text in file()) {
-            thread_local!(static LAYERS: Figment = Figment::from(Toml::string(DEFAULTS)));
-            let layers = LAYERS.with(Figment::clone).merge(Toml::string(&text));
-            let config = layers.extract::<Config>().map_err(|error| ConfigError::from(Box::new(error)));
-            match config.and_then(Config::check) {
+            match Sources::of_file("a.toml".into(), text).and_then(|sources| sources.config()) {
                 Err(error) => prop_assert!(error.to_string().starts_with("configuration: ")),
                 Ok(config) => {
                     let limits = &config.limits;
@@ -425,12 +431,12 @@ mod tests {
     #[test]
     fn what_cannot_be_used_is_refused_and_named() {
         for (key, value, said) in [
-            ("sse.heartbeat", "15", "no time such as"),
-            ("sse.heartbeat", "0s", "no time such as"),
+            ("sse.heartbeat", "15", "expected a time such as"),
+            ("sse.heartbeat", "0s", "expected a time such as"),
             ("nats.stream.prefix", "events", "must be tokens that end with a dot"),
             ("nats.stream.live_prefix", "events.live.", "would be a cycle"),
             ("nats.stream.name", "a.b", "is made of"),
-            ("nats.strem.name", "a", "unknown field"),
+            ("nats.strem.name", "a", "did you mean nats.stream.name?"),
             ("auth.cookie", "a=b", "no cookie's name"),
             ("auth.jwt.jwks_url", "id.example.com/jwks", "begins with https://"),
             ("auth.jwt.leeway", "1h", "more than"),

@@ -13,7 +13,10 @@ use std::{
     io,
     io::IoSlice,
     net::TcpStream as StdTcpStream,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Poll, ready},
     time::Duration,
 };
@@ -21,11 +24,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use jiff::Timestamp;
 use rand::RngExt;
-use tokio::{
-    net::TcpStream,
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::{net::TcpStream, sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 pub use self::register::{Client, Ended, Record, Register};
@@ -44,7 +43,7 @@ const NOTSENT_BYTES: u32 = 16 * 1024;
 /// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
 const PATIENCE: Duration = Duration::from_millis(250);
 /// Bytes that a client may send after its request, all ignored, before it is taken for broken.
-const UNASKED_BYTES_MAX: usize = 64 * 1024;
+const UNASKED_BYTES_MAX: u32 = 64 * 1024;
 /// Frames that one write carries at most; the kernel takes 1,024 pieces.
 const PIECES_MAX: usize = 64;
 
@@ -53,12 +52,14 @@ const PIECES_MAX: usize = 64;
 pub struct Deliveries(Arc<Shared>);
 
 struct Shared {
-    slots: Arc<Semaphore>,
+    open: Arc<AtomicUsize>,
+    limits: watch::Receiver<config::Limits>,
     sse: config::Sse,
-    stall: Duration,
     expiry_warning: Duration,
     drain: config::Drain,
     register: Register,
+    /// Where the time is zero from which lives are counted.
+    began: Instant,
     draining: CancellationToken,
     metrics: Arc<Metrics>,
     tasks: Tasks,
@@ -67,9 +68,12 @@ struct Shared {
 /// The right to open one stream.
 pub struct Admission {
     deliveries: Deliveries,
-    slot: OwnedSemaphorePermit,
+    slot: Slot,
     place: Place,
 }
+
+/// One of the streams that are open, for as long as it is kept.
+struct Slot(Arc<AtomicUsize>);
 
 /// Why a stream has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +87,8 @@ enum End {
     Drained,
     /// Drained while its client did not read: within a frame, after which nothing may be written.
     Cut,
+    /// It has lived for as long as a stream may.
+    Aged,
     /// The client's token has expired.
     Expired,
     /// So it has, while the client did not read.
@@ -91,25 +97,38 @@ enum End {
 
 impl Deliveries {
     /// Streams whose tasks run on, and are counted by, `tasks`.
-    pub fn new(config: &Config, metrics: Arc<Metrics>, tasks: Tasks) -> Deliveries {
-        metrics.streams_limit.set(i64::try_from(config.limits.streams).unwrap_or(i64::MAX));
+    pub fn new(
+        config: &Config,
+        limits: watch::Receiver<config::Limits>,
+        metrics: Arc<Metrics>,
+        tasks: Tasks,
+    ) -> Deliveries {
+        metrics.streams_limit.set(i64::try_from(limits.borrow().streams).unwrap_or(i64::MAX));
         Deliveries(Arc::new(Shared {
-            slots: Arc::new(Semaphore::new(config.limits.streams.min(Semaphore::MAX_PERMITS))),
+            open: Arc::default(),
+            limits,
             sse: config.sse.clone(),
-            stall: config.limits.stall,
             expiry_warning: config.auth.jwt.expiry_warning,
             drain: config.drain.clone(),
             register: Register::new(config.debug.ended),
+            began: Instant::now(),
             draining: CancellationToken::new(),
             metrics,
             tasks,
         }))
     }
 
+    /// Whether there is no room for another stream.
+    pub fn is_full(&self) -> bool {
+        self.0.open.load(Ordering::Acquire) >= self.0.limits.borrow().streams
+    }
+
     /// Room for one more stream, if there is. It keeps its client's place until it has ended.
     pub fn admit(&self, place: Place) -> Option<Admission> {
-        let slot = self.0.slots.clone().try_acquire_owned().ok()?;
-        Some(Admission { deliveries: self.clone(), slot, place })
+        let most = self.0.limits.borrow().streams;
+        let one_more = |open: usize| (open < most).then_some(open + 1);
+        self.0.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).ok()?;
+        Some(Admission { deliveries: self.clone(), slot: Slot(self.0.open.clone()), place })
     }
 
     /// The streams, for whoever looks at them.
@@ -127,6 +146,25 @@ impl Deliveries {
     /// clients that lost their connections together do not return together.
     pub fn retry(&self) -> Duration {
         self.0.sse.retry.mul_f64(rand::rng().random_range(1.0..2.0))
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Shared {
+    /// In seconds.
+    fn age(&self) -> u32 {
+        u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX)
+    }
+
+    /// When a stream that begins now has lived long enough.
+    fn end_of_a_life(&self) -> u32 {
+        let life = self.sse.max_life.mul_f64(rand::rng().random_range(0.75..=1.0)).as_secs_f64().ceil() as u32;
+        if life == 0 { u32::MAX } else { self.age().saturating_add(life) }
     }
 }
 
@@ -157,8 +195,9 @@ impl Admission {
         // Used where it stands, and all that is rare is boxed: this future is what an idle client costs.
         let expiry = expires.map(|expires| Box::new(Expiry::new(expires, deliveries.0.expiry_warning)));
         let record = deliveries.0.register.open(client, cursor.whereabouts());
+        let ages_at = deliveries.0.end_of_a_life();
         let deliveries = deliveries.0;
-        let mut delivery = Delivery { socket, cursor, deliveries, record, opening, unasked_bytes: 0, expiry };
+        let mut delivery = Delivery { socket, cursor, deliveries, record, opening, unasked_bytes: 0, ages_at, expiry };
         tasks.spawn_uncut(async move {
             delivery.deliveries.metrics.streams.inc();
             let end = delivery.run().await;
@@ -194,7 +233,9 @@ struct Delivery {
     record: Arc<Record>,
     /// Empty once it has been written.
     opening: Bytes,
-    unasked_bytes: usize,
+    unasked_bytes: u32,
+    /// In seconds since [`Shared::began`]: an instant would take four times as much of every stream.
+    ages_at: u32,
     expiry: Option<Box<Expiry>>,
 }
 
@@ -232,9 +273,13 @@ impl Delivery {
         match self.stream().await {
             Ok(never) => match never {},
             Err(end) => {
+                let retry = || Deliveries(self.deliveries.clone()).retry();
                 match end {
-                    End::Drained => self.say_farewell("this node is going away, please reconnect"),
-                    End::Expired => self.say_farewell("the token has expired, please reconnect with a fresh one"),
+                    End::Drained => self.say_farewell(retry(), "this node is going away, please reconnect"),
+                    End::Aged => self.say_farewell(retry() / 10, "to spread the load, please reconnect"),
+                    End::Expired => {
+                        self.say_farewell(retry(), "the token has expired, please reconnect with a fresh one")
+                    }
                     End::ClientClosed
                     | End::ClientGone
                     | End::Stalled
@@ -247,8 +292,7 @@ impl Delivery {
         }
     }
 
-    fn say_farewell(&self, why: &str) {
-        let retry = Deliveries(self.deliveries.clone()).retry();
+    fn say_farewell(&self, retry: Duration, why: &str) {
         let _ = self.socket.try_write(&sse::farewell(retry, why));
     }
 
@@ -285,6 +329,7 @@ impl Delivery {
                     Box::pin(self.expire()).await?;
                     beat.as_mut().reset(self.beat_after(jittered(heartbeat)));
                 }
+                Next::Beat if self.deliveries.age() >= self.ages_at => return Err(End::Aged),
                 Next::Beat => {
                     // Re-armed here and not at every write, which would cost each event a turn of the timer.
                     self.check_peer()?;
@@ -409,7 +454,7 @@ impl Delivery {
 
     /// Waits until the client has taken some of what was written: as long as it is there, and not longer than allowed.
     async fn room(&mut self) -> Result<(), End> {
-        let stalled_at = Instant::now() + self.deliveries.stall;
+        let stalled_at = Instant::now() + self.deliveries.limits.borrow().stall;
         let heartbeat = self.deliveries.sse.heartbeat;
         let expires_at = self.expiry.as_ref().map(|expiry| expiry.at);
         loop {
@@ -472,14 +517,14 @@ fn seconds_since(stored: Timestamp) -> f64 {
 }
 
 /// Resolves when the client has closed its side. Whatever else it sends is ignored, up to a bound.
-async fn closed(socket: &TcpStream, unasked_bytes: &mut usize) -> End {
+async fn closed(socket: &TcpStream, unasked_bytes: &mut u32) -> End {
     poll_fn(|cx| {
         while ready!(socket.poll_read_ready(cx)).is_ok() {
             // Not kept while waiting: there are as many of these as clients.
             let mut ignored = [0; 512];
             match socket.try_read(&mut ignored) {
                 Ok(0) => break,
-                Ok(read) => *unasked_bytes += read,
+                Ok(read) => *unasked_bytes += read as u32,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(_) => break,
             }
@@ -501,6 +546,7 @@ impl End {
             End::WriteFailed => "write-failed",
             End::Drained => "drained",
             End::Cut => "cut",
+            End::Aged => "aged",
             End::Expired | End::ExpiredUnread => "token-expired",
         }
     }

@@ -7,13 +7,20 @@ use std::{
 };
 
 use actix_server::ServerHandle;
-use tokio::{runtime::Handle, sync::oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{oneshot, watch},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     auth::{self, Auth},
-    broker::{SharedBroker, embedded::Embedded, nats::Nats},
-    config::Config,
+    broker::{
+        Broker, SharedBroker,
+        embedded::Embedded,
+        nats::{self, Nats},
+    },
+    config::{self, Config},
     delivery::Deliveries,
     http::{
         self,
@@ -38,8 +45,14 @@ pub struct Gateway {
     /// One line for people about who is let in, and whether that is everybody.
     pub access: String,
     pub is_open: bool,
+    auth: Auth,
     auth_tasks: Tasks,
     config: Config,
+    metrics: Arc<Metrics>,
+    leaving: CancellationToken,
+    limits: watch::Sender<config::Limits>,
+    shares: Limits,
+    cors: watch::Sender<Cors>,
     deliveries: Deliveries,
     draining: CancellationToken,
     hub_tasks: Tasks,
@@ -54,9 +67,47 @@ pub enum StartError {
     #[error(transparent)]
     Auth(#[from] auth::StartError),
     #[error(transparent)]
-    Nats(#[from] crate::broker::nats::StartError),
+    Nats(#[from] nats::StartError),
     #[error("the HTTP server did not start: {0}")]
     Server(io::Error),
+}
+
+/// What a gateway that can't start needs, as far as that makes a difference to whoever started it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Other settings.
+    Settings,
+    /// A file that it can read.
+    File,
+    /// A broker that can be reached.
+    Broker,
+    /// More of this machine: a free address, another thread.
+    Machine,
+    /// Another server or stream than the one that is there.
+    Fitness,
+    /// A user that the broker lets in.
+    Permission,
+}
+
+impl StartError {
+    pub fn need(&self) -> Need {
+        match self {
+            StartError::Listen { .. } | StartError::Server(_) => Need::Machine,
+            StartError::Auth(auth::StartError::Unreadable { .. }) => Need::File,
+            StartError::Auth(_) => Need::Settings,
+            StartError::Nats(error) => match error {
+                nats::StartError::Address(_) => Need::Settings,
+                nats::StartError::Credentials { .. } => Need::File,
+                nats::StartError::Unreachable { .. } | nats::StartError::NoJetStream { .. } => Need::Broker,
+                nats::StartError::Denied { .. } | nats::StartError::Silent { .. } => Need::Permission,
+                nats::StartError::TooOld { .. }
+                | nats::StartError::Payload { .. }
+                | nats::StartError::NoStream { .. }
+                | nats::StartError::Misfit { .. }
+                | nats::StartError::Refused { .. } => Need::Fitness,
+            },
+        }
+    }
 }
 
 impl Gateway {
@@ -86,25 +137,29 @@ impl Gateway {
             trusts_hints: false,
         };
         let hub = Hub::start(broker.clone(), settings, metrics.clone(), hub_tasks.clone());
-        let draining = CancellationToken::new();
-        let deliveries = Deliveries::new(&config, metrics.clone(), Tasks::new(Handle::current()));
+        let (leaving, draining) = (CancellationToken::new(), CancellationToken::new());
+        let limits = watch::Sender::new(config.limits.clone());
+        let deliveries = Deliveries::new(&config, limits.subscribe(), metrics.clone(), Tasks::new(Handle::current()));
         let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
         let (access, is_open) = (auth.describe(), auth.is_open());
-        let unlisted = if auth.is_local_only() { Unlisted::Loopback } else { Unlisted::Anyone };
+        let shares = Limits::new(&config.limits);
+        let cors = watch::Sender::new(cors(&config, &auth));
         let app = http::App {
-            auth,
+            auth: auth.clone(),
             hub,
             broker: broker.clone(),
             publisher: broker.clone(),
             deliveries: deliveries.clone(),
-            metrics,
+            metrics: metrics.clone(),
             runtime: Handle::current(),
-            limits: config.limits.clone(),
-            shares: Limits::new(&config.limits),
+            limits: limits.subscribe(),
+            shares: shares.clone(),
             proxies: Proxies::new(config.trusted_proxies.clone(), config.address_header),
-            cors: Cors::new(&config.cors, unlisted),
             debug: config.debug.clone(),
+            cors: cors.subscribe(),
+            leaving: leaving.clone(),
             draining: draining.clone(),
+            absence: Arc::new(http::Absence::bearable_for(config.nats.away_after)),
         };
         let servers = Servers::start(app, public, admin).await?;
         Ok(Gateway {
@@ -113,8 +168,14 @@ impl Gateway {
             broker: broker.describe(),
             access,
             is_open,
+            auth,
             auth_tasks,
             config,
+            metrics,
+            leaving,
+            limits,
+            shares,
+            cors,
             deliveries,
             draining,
             hub_tasks,
@@ -122,9 +183,45 @@ impl Gateway {
         })
     }
 
-    /// Says that it is not ready, takes no more connections (so that a proxy tries the next node), ends every stream at
-    /// its own moment, finishes publishes, and ends everything else; within `drain.limit`.
+    /// What [`Gateway::start`] would find: one line for people each about who is let in and about the broker. Takes no
+    /// address and changes nothing.
+    ///
+    /// # Errors
+    /// The same, but for addresses.
+    pub async fn check(config: &Config) -> Result<[String; 2], StartError> {
+        let tasks = Tasks::new(Handle::current());
+        let auth = Auth::start(&config.auth, config.listen, Arc::new(Metrics::new()), &tasks).await?;
+        tasks.end().await;
+        let broker = if config.nats.url.is_empty() {
+            Embedded::new(&config.embedded, &config.history).describe()
+        } else {
+            Nats::look(&config.nats, config.limits.event_bytes).await?
+        };
+        Ok([format!("access: {}", auth.describe()), format!("broker: {broker}")])
+    }
+
+    /// Takes what [`Config::changes_while_it_runs`] out of another configuration, without a stream noticing.
+    ///
+    /// # Errors
+    /// When it can't be used. Nothing has changed then.
+    pub async fn reload(&self, config: &Config) -> Result<(), StartError> {
+        let auth = Auth::start(&config.auth, self.config.listen, self.metrics.clone(), &self.auth_tasks).await?;
+        self.auth.replace(&auth);
+        self.cors.send_replace(cors(config, &auth));
+        self.shares.replace(&config.limits);
+        // How large an event may be was agreed with the broker.
+        self.limits.send_modify(|limits| {
+            *limits = config::Limits { event_bytes: limits.event_bytes, ..config.limits.clone() };
+        });
+        Ok(())
+    }
+
+    /// Says that it is not ready and waits for `drain.notice`. Then takes no more connections (so that a proxy tries the
+    /// next node), ends every stream at its own moment, finishes publishes, and ends everything else; within
+    /// `drain.limit`.
     pub async fn drain(self) {
+        self.leaving.cancel();
+        tokio::time::sleep(self.config.drain.notice).await;
         self.draining.cancel();
         let orderly = async {
             tokio::join!(self.servers.public.stop(true), self.deliveries.drain());
@@ -165,6 +262,12 @@ impl Servers {
         std::thread::Builder::new().name("http".into()).spawn(serve).map_err(StartError::Server)?;
         starting.await.unwrap_or_else(|_| Err(io::Error::other("its thread ended"))).map_err(StartError::Server)
     }
+}
+
+/// What pages of other origins may do.
+fn cors(config: &Config, auth: &Auth) -> Cors {
+    let unlisted = if auth.is_local_only() { Unlisted::Loopback } else { Unlisted::Anyone };
+    Cors::new(&config.cors, unlisted)
 }
 
 fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {

@@ -24,6 +24,7 @@
 //! | [`sse`] | event -> bytes; pure | event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
+//! | [`descriptors`] | how many files the system allows, and limits that fit | config |
 //! | [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
@@ -61,6 +62,7 @@ pub mod auth;
 pub mod broker;
 pub mod config;
 pub mod delivery;
+pub mod descriptors;
 pub mod event;
 #[cfg(test)]
 mod fuzz;

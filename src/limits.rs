@@ -16,7 +16,7 @@ use std::{
     hash::Hash,
     net::{IpAddr, Ipv6Addr},
     num::NonZeroU32,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -30,14 +30,19 @@ use crate::config;
 pub struct Limits(Arc<Shared>);
 
 struct Shared {
+    rules: RwLock<Arc<Rules>>,
+    streams: Counts,
+    connections: Counts,
+}
+
+/// What may change while places are taken.
+struct Rules {
     attempts: Option<Rate>,
     publishes: Option<Rate>,
     publish_bytes: Option<Rate>,
     address_streams: usize,
     principal_streams: usize,
     address_connections: usize,
-    streams: Counts,
-    connections: Counts,
 }
 
 /// Whom a request is counted for. One without an address, as from a trusted proxy's own machine, and without a principal
@@ -85,17 +90,20 @@ struct Taken {
 
 impl Limits {
     pub fn new(config: &config::Limits) -> Limits {
-        let rate = |rate, burst| Some(Rate::new(NonZeroU32::new(rate)?, NonZeroU32::new(burst)?, config.tracked));
         Limits(Arc::new(Shared {
-            attempts: rate(config.address_attempts, config.address_attempts_burst),
-            publishes: rate(config.publishes, config.publishes_burst),
-            publish_bytes: rate(config.publish_bytes, config.publish_bytes_burst),
-            address_streams: config.address_streams,
-            principal_streams: config.principal_streams,
-            address_connections: config.address_connections,
+            rules: RwLock::new(Rules::new(config)),
             streams: Counts::default(),
             connections: Counts::default(),
         }))
+    }
+
+    /// From now on other limits hold. Rates begin anew; what is open stays, and counts.
+    pub fn replace(&self, config: &config::Limits) {
+        *self.0.rules.write().unwrap_or_else(PoisonError::into_inner) = Rules::new(config);
+    }
+
+    fn rules(&self) -> Arc<Rules> {
+        self.0.rules.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Counts a request for a stream, whoever sends it and whatever becomes of it.
@@ -103,7 +111,7 @@ impl Limits {
     /// # Errors
     /// When the address has made too many of late.
     pub fn attempt(&self, address: Option<IpAddr>) -> Result<(), Wait> {
-        check(self.0.attempts.as_ref(), address.map(|address| Key::Network(Network::of(address))), 1)
+        check(self.rules().attempts.as_ref(), address.map(|address| Key::Network(Network::of(address))), 1)
     }
 
     /// Counts an event that is to be published.
@@ -111,7 +119,7 @@ impl Limits {
     /// # Errors
     /// When the caller has published too many of late. The event is not counted then.
     pub fn publish(&self, caller: &Caller) -> Result<(), Wait> {
-        check(self.0.publishes.as_ref(), caller.key(), 1)
+        check(self.rules().publishes.as_ref(), caller.key(), 1)
     }
 
     /// Counts the bytes of an event that is to be published.
@@ -119,7 +127,7 @@ impl Limits {
     /// # Errors
     /// When the caller has published too many of late. They are not counted then.
     pub fn publish_bytes(&self, caller: &Caller, bytes: usize) -> Result<(), Wait> {
-        check(self.0.publish_bytes.as_ref(), caller.key(), bytes)
+        check(self.rules().publish_bytes.as_ref(), caller.key(), bytes)
     }
 
     /// Takes a place for one more stream.
@@ -127,20 +135,36 @@ impl Limits {
     /// # Errors
     /// When the caller's address or principal has as many open streams as it may have.
     pub fn open_stream(&self, caller: &Caller) -> Result<Place, TooMany> {
-        let address = caller.network.map(Key::Network).filter(|_| self.0.address_streams > 0);
-        let principal = caller.principal.map(Key::Principal).filter(|_| self.0.principal_streams > 0);
+        let rules = self.rules();
+        let address = caller.network.map(Key::Network).filter(|_| rules.address_streams > 0);
+        let principal = caller.principal.map(Key::Principal).filter(|_| rules.principal_streams > 0);
         let mut place = Place::of(self, |shared| &shared.streams);
-        place.take(address, self.0.address_streams).ok_or(TooMany::OfAddress)?;
-        place.take(principal, self.0.principal_streams).ok_or(TooMany::OfPrincipal)?;
+        place.take(address, rules.address_streams).ok_or(TooMany::OfAddress)?;
+        place.take(principal, rules.principal_streams).ok_or(TooMany::OfPrincipal)?;
         Ok(place.unless_empty())
     }
 
     /// Takes a place for one more connection of `address`, if it may have one.
     pub fn open_connection(&self, address: IpAddr) -> Option<Place> {
-        let address = Some(Key::Network(Network::of(address))).filter(|_| self.0.address_connections > 0);
+        let most = self.rules().address_connections;
+        let address = Some(Key::Network(Network::of(address))).filter(|_| most > 0);
         let mut place = Place::of(self, |shared| &shared.connections);
-        place.take(address, self.0.address_connections)?;
+        place.take(address, most)?;
         Some(place.unless_empty())
+    }
+}
+
+impl Rules {
+    fn new(config: &config::Limits) -> Arc<Rules> {
+        let rate = |rate, burst| Some(Rate::new(NonZeroU32::new(rate)?, NonZeroU32::new(burst)?, config.tracked));
+        Arc::new(Rules {
+            attempts: rate(config.address_attempts, config.address_attempts_burst),
+            publishes: rate(config.publishes, config.publishes_burst),
+            publish_bytes: rate(config.publish_bytes, config.publish_bytes_burst),
+            address_streams: config.address_streams,
+            principal_streams: config.principal_streams,
+            address_connections: config.address_connections,
+        })
     }
 }
 

@@ -1,45 +1,89 @@
-//! The `tidegate` command: configuration, start, signal, drain. And two small ones that make keys and tokens.
+//! The `tidegate` command: configuration, start, signals, drain. And small ones that look at a configuration, and that
+//! make keys and tokens.
 
 use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use tidegate::{
     auth::{self, Grant, NewKey},
-    config::{Config, Rights, parse_duration},
-    gateway::{Gateway, NOISE_OFF, StartError},
-    log,
+    config::{Config, ConfigError, Rights, Sources, parse_duration},
+    descriptors,
+    gateway::{Gateway, NOISE_OFF, Need, StartError},
+    log::{Log, ParseError},
     subject::Filter,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// The configuration can't be used.
-const EXIT_CONFIG: u8 = 78;
-/// An address is taken, or the broker is away or does not fit.
-const EXIT_START: u8 = 69;
+/// How the program ends, as sysexits.h numbers it.
+#[derive(Clone, Copy)]
+enum Exit {
+    Usage = 64,
+    NoInput = 66,
+    Unavailable = 69,
+    System = 71,
+    Unfit = 76,
+    NoPermission = 77,
+    Config = 78,
+    /// By a second signal.
+    Interrupted = 130,
+}
+
+const AFTER_HELP: &str = "\
+Without a command it runs the gateway; without --nats on a broker of its own, in memory.
+
+Settings come from the file, the environment and flags, and the last one wins. They have the same names everywhere:
+sse.heartbeat is TIDEGATE_SSE__HEARTBEAT and --set sse.heartbeat=5s. `tidegate config` prints them all.
+
+Signals:
+  TERM, INT  drain: not ready, then streams end one by one, then exit; once more: exit at once
+  HUP        read the settings again: keys, policies, limits and what is logged; no stream notices
+
+Exit codes:
+    0  ended in order
+   64  the command line is wrong
+   66  a file that the settings name can't be read, or the file of settings itself
+   69  NATS can't be reached, or has no JetStream
+   71  an address is taken, or this machine has no more threads
+   76  the NATS server or the stream does not fit
+   77  NATS does not let the user in, or not do what is needed
+   78  the settings can't be used
+  130  a second signal cut the drain short";
 
 /// Streams events from NATS to browsers, curl and anything else that speaks HTTP, exactly from where they left off.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = AFTER_HELP)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// A file of settings; see src/config.default.toml for all of them
+    #[command(flatten)]
+    settings: Settings,
+}
+
+#[derive(Args)]
+struct Settings {
+    /// A file of settings (TOML); src/config.default.toml explains all of them
     #[arg(long, global = true, value_name = "FILE", env = "TIDEGATE_CONFIG")]
     config: Option<PathBuf>,
     /// Where clients connect [default: 127.0.0.1:8080]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS")]
     listen: Option<String>,
     /// Where metrics and health are [default: 127.0.0.1:9090]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, global = true, value_name = "ADDRESS")]
     admin_listen: Option<String>,
     /// The NATS servers to be a gateway of, as in nats://127.0.0.1:4222 [default: an embedded broker]
-    #[arg(long, value_name = "URL")]
+    #[arg(long, global = true, value_name = "URL")]
     nats: Option<String>,
+    /// Any setting, as in sse.heartbeat=5s; may be given several times
+    #[arg(long, global = true, value_name = "KEY=VALUE", value_parser = setting)]
+    set: Vec<(String, String)>,
 }
 
-/// Without one, the gateway runs.
 #[derive(Subcommand)]
 enum Command {
+    /// Says whether a gateway could start with these settings, by reading keys and asking NATS; changes nothing
+    Check,
+    /// Prints the settings that are in force and where each comes from, without secrets
+    Config,
     /// API keys for backends
     Key {
         #[command(subcommand)]
@@ -80,58 +124,85 @@ struct RightsArguments {
     publish: Vec<Filter>,
 }
 
+/// Why the program ends, and what it says of it.
+struct Failure(Exit, Box<dyn Error>);
+
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match arguments.command {
-        None => serve(arguments),
+    let Arguments { command, settings } = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            // Help and version are what was asked for.
+            return if error.use_stderr() { Exit::Usage.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    let done = match command {
+        None => serve(settings),
+        Some(Command::Check) => check(&settings),
+        Some(Command::Config) => show_config(&settings),
         Some(Command::Key { command: KeyCommand::New { name, rights } }) => {
             println!("{}", NewKey::make(name, rights.into()));
-            ExitCode::SUCCESS
+            Ok(ExitCode::SUCCESS)
         }
         Some(Command::Token { sub, rights, expires }) => {
-            match make_token(arguments.config, &Grant { sub, rights: rights.into(), lifetime: expires }) {
-                Ok(token) => {
-                    println!("{token}");
-                    ExitCode::SUCCESS
-                }
-                Err(error) => fail(EXIT_CONFIG, &*error),
-            }
+            make_token(&settings, &Grant { sub, rights: rights.into(), lifetime: expires })
+        }
+    };
+    done.unwrap_or_else(|Failure(exit, error)| {
+        eprintln!("tidegate: {error}");
+        exit.into()
+    })
+}
+
+fn make_token(settings: &Settings, grant: &Grant) -> Result<ExitCode, Failure> {
+    let token = auth::mint(&settings.read()?.config()?.auth.jwt, grant);
+    println!("{}", token.map_err(|error| Failure(Exit::Config, error.into()))?);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_config(settings: &Settings) -> Result<ExitCode, Failure> {
+    let sources = settings.read()?;
+    sources.config()?;
+    print!("{sources}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(settings: &Settings) -> Result<ExitCode, Failure> {
+    let mut config = settings.read()?.config()?;
+    let _log = Log::start(&config.log, NOISE_OFF)?;
+    println!("settings: they can be used");
+    match descriptors::provide(&mut config.limits) {
+        Some(too_few) => println!("open files: {too_few}"),
+        None => println!("open files: enough for limits.streams and limits.connections"),
+    }
+    let [access, broker] = runtime()?.block_on(Gateway::check(&config))?;
+    println!("{access}\n{broker}");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serve(settings: Settings) -> Result<ExitCode, Failure> {
+    let sources = settings.read()?;
+    let mut config = sources.config()?;
+    let log = Log::start(&config.log, NOISE_OFF)?;
+    provide_files(&mut config);
+    runtime()?.block_on(run(config, Reloading { settings, began_with: sources, log }))
+}
+
+async fn run(config: Config, reloading: Reloading) -> Result<ExitCode, Failure> {
+    let mut signals = Signals::new();
+    let gateway = Gateway::start(config).await?;
+    greet(&gateway);
+    while let Told::Reload = signals.next().await {
+        reloading.reload(&gateway).await;
+    }
+    tracing::info!("draining");
+    tokio::select! {
+        () = gateway.drain() => Ok(ExitCode::SUCCESS),
+        () = signals.next_end() => {
+            tracing::warn!("told a second time: what has not ended is cut");
+            Ok(Exit::Interrupted.into())
         }
     }
-}
-
-fn make_token(config: Option<PathBuf>, grant: &Grant) -> Result<String, Box<dyn Error>> {
-    Ok(auth::mint(&Config::load(config, vec![])?.auth.jwt, grant)?)
-}
-
-fn serve(arguments: Arguments) -> ExitCode {
-    let flags = [("listen", arguments.listen), ("admin_listen", arguments.admin_listen), ("nats.url", arguments.nats)];
-    let flags = flags.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
-    let config = match Config::load(arguments.config, flags) {
-        Ok(config) => config,
-        Err(error) => return fail(EXIT_CONFIG, &error),
-    };
-    if let Err(error) = log::start(&config.log, NOISE_OFF) {
-        return fail(EXIT_CONFIG, &error);
-    }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(EXIT_START, &error),
-    };
-    runtime.block_on(run(config))
-}
-
-async fn run(config: Config) -> ExitCode {
-    let gateway = match Gateway::start(config).await {
-        Ok(gateway) => gateway,
-        Err(error @ StartError::Auth(_)) => return fail(EXIT_CONFIG, &error),
-        Err(error) => return fail(EXIT_START, &error),
-    };
-    greet(&gateway);
-    wait_for_signal().await;
-    tracing::info!("draining");
-    gateway.drain().await;
-    ExitCode::SUCCESS
 }
 
 fn greet(gateway: &Gateway) {
@@ -149,11 +220,126 @@ fn greet(gateway: &Gateway) {
     }
 }
 
-async fn wait_for_signal() {
-    let mut terminate = signal(SignalKind::terminate()).expect("signals can be handled");
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
+/// What signals ask for.
+enum Told {
+    Reload,
+    End,
+}
+
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Signals {
+        let of = |kind| signal(kind).expect("signals can be handled");
+        Signals {
+            hangup: of(SignalKind::hangup()),
+            terminate: of(SignalKind::terminate()),
+            interrupt: of(SignalKind::interrupt()),
+        }
+    }
+
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.hangup.recv() => Told::Reload,
+            _ = self.terminate.recv() => Told::End,
+            _ = self.interrupt.recv() => Told::End,
+        }
+    }
+
+    async fn next_end(&mut self) {
+        while let Told::Reload = self.next().await {}
+    }
+}
+
+/// What it takes to read the settings again.
+struct Reloading {
+    settings: Settings,
+    began_with: Sources,
+    log: Log,
+}
+
+impl Reloading {
+    /// Takes over what may change. If anything is wrong, nothing does.
+    async fn reload(&self, gateway: &Gateway) {
+        match self.try_reload(gateway).await {
+            Ok(()) => tracing::info!("the settings were read again"),
+            Err(Failure(_, error)) => tracing::error!("the settings stay as they are: {error}"),
+        }
+    }
+
+    async fn try_reload(&self, gateway: &Gateway) -> Result<(), Failure> {
+        let sources = self.settings.read()?;
+        let mut config = sources.config()?;
+        let selection = self.log.select(&config.log.filter)?;
+        provide_files(&mut config);
+        gateway.reload(&config).await?;
+        self.log.change(selection);
+        let differs = self.began_with.differences(&sources);
+        let fixed: Vec<_> = differs.into_iter().filter(|key| !Config::changes_while_it_runs(key)).collect();
+        if !fixed.is_empty() {
+            tracing::warn!("these change only with a restart: {}", fixed.join(", "));
+        }
+        Ok(())
+    }
+}
+
+fn provide_files(config: &mut Config) {
+    if let Some(too_few) = descriptors::provide(&mut config.limits) {
+        tracing::warn!("{too_few}");
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|error| Failure(Exit::System, error.into()))
+}
+
+impl Settings {
+    fn read(&self) -> Result<Sources, ConfigError> {
+        let named = [("listen", &self.listen), ("admin_listen", &self.admin_listen), ("nats.url", &self.nats)];
+        let named = named.into_iter().filter_map(|(key, value)| Some((key, value.clone()?)));
+        let set = self.set.iter().map(|(key, value)| (&**key, value.clone()));
+        Sources::read(self.config.clone(), named.chain(set).collect())
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit as u8)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Failure {
+        let exit = match &error {
+            ConfigError::Unreadable { .. } => Exit::NoInput,
+            ConfigError::Wrong { .. } | ConfigError::Rule(_) => Exit::Config,
+        };
+        Failure(exit, error.into())
+    }
+}
+
+impl From<ParseError> for Failure {
+    fn from(error: ParseError) -> Failure {
+        Failure(Exit::Config, format!("log.filter: {error}").into())
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Failure {
+        let exit = match error.need() {
+            Need::Settings => Exit::Config,
+            Need::File => Exit::NoInput,
+            Need::Broker => Exit::Unavailable,
+            Need::Machine => Exit::System,
+            Need::Fitness => Exit::Unfit,
+            Need::Permission => Exit::NoPermission,
+        };
+        Failure(exit, error.into())
     }
 }
 
@@ -163,11 +349,12 @@ impl From<RightsArguments> for Rights {
     }
 }
 
-fn lifetime(text: &str) -> Result<Duration, &'static str> {
-    parse_duration(text).ok_or("this is no time such as 90s, 15m or 1h")
+fn setting(text: &str) -> Result<(String, String), &'static str> {
+    let (key, value) =
+        text.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or("write it as in sse.heartbeat=5s")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
-fn fail(code: u8, error: &dyn Error) -> ExitCode {
-    eprintln!("tidegate: {error}");
-    ExitCode::from(code)
+fn lifetime(text: &str) -> Result<Duration, &'static str> {
+    parse_duration(text).ok_or("this is no time such as 90s, 15m or 1h")
 }

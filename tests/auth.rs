@@ -678,7 +678,6 @@ fn settings_that_would_let_in_too_many_are_refused_at_start() {
             "lets everybody do everything",
         ),
         (&[], vec![("TIDEGATE_AUTH__JWT__KEY_FILE", private.to_str().unwrap())], "private key"),
-        (&[], vec![("TIDEGATE_AUTH__JWT__KEY_FILE", "/nowhere.pem")], "/nowhere.pem"),
         (&[], vec![("TIDEGATE_AUTH__POLICY__SUBSCRIBE", r#"["a.{sub}"]"#)], "auth.jwt has no key"),
         (
             &[],

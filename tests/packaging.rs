@@ -35,18 +35,36 @@ fn variables_are_settings() {
 #[test]
 fn whoever_stops_a_gateway_waits_for_longer_than_it_drains() {
     let compose = yaml("compose.yaml");
+    let compose = compose["services"]["gateway-1"]["stop_grace_period"].as_str().expect("a time");
     let kubernetes = &pod()["terminationGracePeriodSeconds"];
-    let patience = [
-        seconds(compose["services"]["gateway-1"]["stop_grace_period"].as_str().expect("a time")),
-        seconds(value_after("TimeoutStopSec=", &read(SYSTEMD))),
-        seconds(value_after("STOP_SECONDS = ", &read("tests/stack"))),
-        Duration::from_secs(kubernetes.as_u64().expect("a number of seconds")),
-    ];
-    let room = Duration::from_secs(2);
-    for text in configurations() {
-        let drain = load(&text).drain.limit;
-        assert!(patience.iter().all(|patience| *patience >= drain + room), "{patience:?} for a drain of {drain:?}");
+    let [stack, kubernetes_toml] = configurations();
+    for (patience, configuration) in [
+        (seconds(compose), &*stack),
+        (seconds(value_after("STOP_SECONDS = ", &read("tests/stack"))), &*stack),
+        (seconds(value_after("TimeoutStopSec=", &read(SYSTEMD))), ""),
+        (Duration::from_secs(kubernetes.as_u64().expect("a number of seconds")), &*kubernetes_toml),
+    ] {
+        let drain = load(configuration).drain;
+        let room = Duration::from_secs(2);
+        assert!(drain.limit >= drain.spread + room, "{drain:?}");
+        assert!(patience >= drain.notice + drain.limit + room, "{patience:?} for {drain:?}");
     }
+}
+
+#[test]
+fn kubernetes_is_given_time_to_notice_and_adds_no_settings_of_its_own() {
+    let [_, kubernetes_toml] = configurations();
+    let probe = pod()["containers"][0]["readinessProbe"]["periodSeconds"].as_u64().expect("a number of seconds");
+    assert!(load(&kubernetes_toml).drain.notice > Duration::from_secs(probe));
+    // A Service of this name is told to pods as TIDEGATE_PORT, TIDEGATE_SERVICE_HOST and more.
+    assert_eq!(pod()["enableServiceLinks"], false);
+}
+
+#[test]
+fn systemd_reloads_without_a_restart_and_gives_up_only_where_none_helps() {
+    let unit = read(SYSTEMD);
+    assert!(unit.contains("\nExecReload=/bin/kill -HUP $MAINPID\n"));
+    assert!(unit.contains("\nRestartPreventExitStatus=64 78\n"));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use tidegate::{http::error::Code, metrics::Metrics};
 
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["gateway", "auth", "config", "log", "subject"]),
+    ("main", &["gateway", "auth", "descriptors", "config", "log", "subject"]),
     ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "shutdown", "config"]),
     (
         "http",
@@ -28,6 +28,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("broker", &["event", "subject", "config"]),
     ("sse", &["event"]),
     ("event", &["subject"]),
+    ("descriptors", &["config"]),
     ("config", &["subject", "fuzz"]),
     ("log", &["config"]),
     ("metrics", &[]),
@@ -49,9 +50,10 @@ const OWNED: &[(&str, &[&str])] = &[
     ("prometheus", &["metrics"]),
     ("tracing_subscriber", &["log"]),
     ("figment", &["config"]),
+    ("toml_edit", &["config"]),
     ("clap", &["main"]),
     ("socket2", &["delivery"]),
-    ("use nix::", &["delivery"]),
+    ("use nix::", &["delivery", "descriptors"]),
 ];
 
 #[test]

@@ -15,13 +15,18 @@ use tokio::{
 use ureq::tls::{RootCerts, TlsConfig};
 
 use super::key::{self, Key};
-use crate::{config::Jwt, metrics::Metrics, shutdown::Tasks};
+use crate::{
+    config::Jwt,
+    metrics::Metrics,
+    shutdown::{Ending, Tasks},
+};
 
-/// A handle to the keys behind a URL.
+/// A handle to the keys behind a URL, which are read as long as it is kept.
 pub(super) struct RemoteKeys {
     known: watch::Receiver<Known>,
     wanted: Arc<Notify>,
     timeout: Duration,
+    _reader: Ending,
 }
 
 /// What is known of the set.
@@ -41,9 +46,9 @@ impl RemoteKeys {
         let (sender, mut known) = watch::channel(nothing);
         let wanted = Arc::new(Notify::new());
         let reader = Reader { config: config.clone(), rules, metrics, wanted: wanted.clone(), known: sender };
-        tasks.spawn(reader.run());
+        let _reader = tasks.spawn_ending(reader.run());
         let _ = known.changed().await;
-        RemoteKeys { known, wanted, timeout: config.jwks_timeout }
+        RemoteKeys { known, wanted, timeout: config.jwks_timeout, _reader }
     }
 
     /// What is known now.

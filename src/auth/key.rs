@@ -89,7 +89,8 @@ fn read(key: &'static str, file: &Path) -> Result<Option<Vec<u8>>, StartError> {
     if file.as_os_str().is_empty() {
         return Ok(None);
     }
-    fs::read(file).map(Some).map_err(|error| StartError::Key(key, format!("{}: {error}", file.display())))
+    let unreadable = |source| StartError::Unreadable { key, file: file.to_owned(), source };
+    fs::read(file).map(Some).map_err(unreadable)
 }
 
 fn from_secret(secret: &[u8], rules: &Validation) -> Result<Key, KeyError> {

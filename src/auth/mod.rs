@@ -12,7 +12,12 @@ mod policy;
 mod principal;
 mod token;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    io,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use self::{api_key::ApiKeys, token::Tokens};
 pub use self::{
@@ -26,9 +31,9 @@ use crate::{
     shutdown::Tasks,
 };
 
-/// Everything that says who may do what on this gateway.
+/// Everything that says who may do what on this gateway. Clones are replaced together.
 #[derive(Clone)]
-pub struct Auth(Arc<Shared>);
+pub struct Auth(Arc<RwLock<Arc<Shared>>>);
 
 struct Shared {
     openness: Openness,
@@ -64,6 +69,8 @@ pub enum StartError {
     Policy(String, String),
     #[error("{0}: {1}")]
     Key(&'static str, String),
+    #[error("{key}: {} can't be read: {source}", .file.display())]
+    Unreadable { key: &'static str, file: PathBuf, source: io::Error },
 }
 
 /// Why somebody is not let in.
@@ -106,14 +113,23 @@ impl Auth {
             true => Some(Tokens::start(config, metrics, tasks).await?),
             false => None,
         };
-        Ok(Auth(Arc::new(Shared {
+        Ok(Auth(Arc::new(RwLock::new(Arc::new(Shared {
             openness,
             keys: ApiKeys::read(&config.keys)?,
             tokens,
             anonymous,
             cookie: config.cookie.clone(),
             query_token: config.query_token,
-        })))
+        })))))
+    }
+
+    /// From now on says what `other` says. What is being looked at now goes by the old word, to its end.
+    pub fn replace(&self, other: &Auth) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = other.now();
+    }
+
+    fn now(&self) -> Arc<Shared> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Who brings this.
@@ -121,7 +137,7 @@ impl Auth {
     /// # Errors
     /// When it is no good, or can't be told to be. Only without any are they anonymous.
     pub async fn identify(&self, credential: Option<Credential<'_>>) -> Result<Principal, Refusal> {
-        let auth = &*self.0;
+        let auth = self.now();
         match (credential, auth.openness) {
             (None, _) | (Some(_), Openness::Local | Openness::Open) => Ok(auth.anonymous.clone()),
             (Some(Credential { text, carrier }), Openness::Closed) => {
@@ -138,27 +154,27 @@ impl Auth {
 
     /// Whether only this machine may be served; see [`local`].
     pub fn is_local_only(&self) -> bool {
-        self.0.openness == Openness::Local
+        self.now().openness == Openness::Local
     }
 
     /// Whether everybody may do everything.
     pub fn is_open(&self) -> bool {
-        self.0.openness != Openness::Closed
+        self.now().openness != Openness::Closed
     }
 
     /// The name of the cookie that carries tokens.
-    pub fn cookie(&self) -> &str {
-        &self.0.cookie
+    pub fn cookie(&self) -> String {
+        self.now().cookie.clone()
     }
 
     /// Whether `?token=` is taken.
     pub fn takes_query_token(&self) -> bool {
-        self.0.query_token
+        self.now().query_token
     }
 
     /// One line for people about who is let in.
     pub fn describe(&self) -> String {
-        let auth = &*self.0;
+        let auth = self.now();
         match auth.openness {
             Openness::Local => "open, to this machine only (\"Letting people in\" in the README is the way on)".into(),
             Openness::Open => "open to everybody who reaches it (auth.mode = \"open\")".into(),

@@ -53,8 +53,9 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
         Err(error) => return app.refuse(&request, &error),
     };
     let behind_proxy = request.headers().contains_key(REFUSAL_HEADER);
+    let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max: app.limits.line_bytes },
+        lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max },
         toll: Toll { shares: app.shares.clone(), caller: caller(&request, &principal), held: None },
         waiting: FuturesOrdered::new(),
         number: 0,
@@ -90,7 +91,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> {
     let query = app.query(request, &[])?;
     let principal = who::identify(app, request, &query).await?;
-    app.cors.check_publish(request.headers())?;
+    app.cors.borrow().check_publish(request.headers())?;
     who::check_publish_anything(&principal)?;
     check_coding(request)?;
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
@@ -152,7 +153,7 @@ impl Batch {
                 // Lines that were read are answered; the others are for another node.
                 self.ended = true;
             }
-            let reads = !self.ended && self.waiting.len() < self.app.limits.batch_window;
+            let reads = !self.ended && self.waiting.len() < self.app.limits.borrow().batch_window;
             if !reads && self.waiting.is_empty() {
                 return Next::End;
             }
@@ -189,7 +190,7 @@ impl Batch {
                 return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
             }
         };
-        let publication = parse(&line, self.app.limits.event_bytes).and_then(|publication| {
+        let publication = parse(&line, self.app.limits.borrow().event_bytes).and_then(|publication| {
             who::check_publish(&self.principal, &publication.subject)?;
             Ok(publication)
         });

@@ -131,7 +131,8 @@ pub fn is_preflight(request: &GuardContext<'_>) -> bool {
 /// Answers it.
 pub async fn preflight(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
     let origin = request.headers().get(header::ORIGIN).expect("asked for in is_preflight");
-    let headers = match app.cors.grant(origin) {
+    let cors = app.cors.borrow().clone();
+    let headers = match cors.grant(origin) {
         Grant::Nothing => return app.refuse(&request, &not_allowed(origin)),
         Grant::WithoutCredentials => HEADERS,
         Grant::All => HEADERS_OF_LISTED,
@@ -139,7 +140,7 @@ pub async fn preflight(app: web::Data<App>, request: HttpRequest) -> HttpRespons
     HttpResponse::NoContent()
         .insert_header((header::ACCESS_CONTROL_ALLOW_METHODS, METHODS))
         .insert_header((header::ACCESS_CONTROL_ALLOW_HEADERS, headers))
-        .insert_header((header::ACCESS_CONTROL_MAX_AGE, app.cors.max_age.clone()))
+        .insert_header((header::ACCESS_CONTROL_MAX_AGE, cors.max_age))
         .finish()
 }
 

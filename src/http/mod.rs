@@ -18,7 +18,7 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, TcpListener},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -29,7 +29,7 @@ use actix_web::{
     HttpRequest, HttpResponse, Resource, dev::AppConfig, guard::fn_guard, http::StatusCode, middleware::from_fn, web,
 };
 use futures_util::future::BoxFuture;
-use tokio::{net::TcpStream, runtime::Handle};
+use tokio::{net::TcpStream, runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -64,14 +64,18 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Where streams and feeds run.
     pub runtime: Handle,
-    pub limits: config::Limits,
+    /// Those that are in force now; they may change.
+    pub limits: watch::Receiver<config::Limits>,
     /// What one address or principal may have of it.
     pub shares: Limits,
     pub proxies: Proxies,
-    pub cors: Cors,
     pub debug: Debug,
+    pub cors: watch::Receiver<Cors>,
+    /// Cancelled when the node wants no more requests. It still serves those that come.
+    pub leaving: CancellationToken,
     /// Cancelled when the node begins to drain.
     pub draining: CancellationToken,
+    pub absence: Arc<Absence>,
 }
 
 /// The URL space of the public listener.
@@ -104,10 +108,11 @@ fn admin_routes(config: &mut web::ServiceConfig) {
 /// # Errors
 /// When the listener can't be used.
 pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
+    let config::Limits { connections, keep_alive, request_head, .. } = *app.limits.borrow();
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let builder = ServerBuilder::new()
         .workers(workers)
-        .max_concurrent_connections(app.limits.connections.div_ceil(workers))
+        .max_concurrent_connections(connections.div_ceil(workers))
         .disable_signals()
         .shutdown_timeout(5);
     let stopping = builder.graceful_shutdown_signal();
@@ -125,8 +130,8 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
             async move { stopping.notified().await }
         };
         let http = HttpService::build()
-            .keep_alive(KeepAlive::Timeout(app.limits.keep_alive))
-            .client_request_timeout(app.limits.request_head)
+            .keep_alive(KeepAlive::Timeout(keep_alive))
+            .client_request_timeout(request_head)
             // After an early refusal, what still arrives is read for so long: a reset would overtake the answer.
             .client_disconnect_timeout(LINGER)
             .graceful_shutdown_signal(stopped)
@@ -137,9 +142,10 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
         fn_service(move |socket: TcpStream| {
             let app = shared.clone();
             async move {
+                let stall = app.limits.borrow().stall;
                 let peer = socket.peer_addr().map_err(DispatchError::Io)?;
                 match app.place_for(peer.ip()) {
-                    Some(place) => Ok((Connection::new(socket, place, app.limits.stall), Some(peer))),
+                    Some(place) => Ok((Connection::new(socket, place, stall), Some(peer))),
                     None => Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into())),
                 }
             }
@@ -199,12 +205,40 @@ async fn ready(app: web::Data<App>) -> HttpResponse {
             .content_type("text/plain; charset=utf-8")
             .body(format!("{why}\n"))
     };
-    if app.is_draining() {
-        return away("draining");
+    let health = app.broker.health();
+    let is_short = app.absence.is_short(&health);
+    match health {
+        _ if app.leaving.is_cancelled() => away("draining"),
+        Health::Unfit(why) => away(&format!("broker: {why}")),
+        Health::Away(why) if !is_short => away(&format!("broker: {why}")),
+        Health::Ready | Health::Away(_) if app.deliveries.is_full() => {
+            away("full: there is no room for another stream")
+        }
+        Health::Ready | Health::Away(_) => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
     }
-    match app.broker.health() {
-        Health::Ready => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
-        Health::Away(why) | Health::Unfit(why) => away(&format!("broker: {why}")),
+}
+
+/// How long the broker has been away, as far as anybody has asked.
+pub struct Absence {
+    /// One that is not longer is nothing to speak of.
+    bearable: Duration,
+    since: Mutex<Option<Instant>>,
+}
+
+impl Absence {
+    pub fn bearable_for(bearable: Duration) -> Absence {
+        Absence { bearable, since: Mutex::default() }
+    }
+
+    fn is_short(&self, health: &Health) -> bool {
+        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+        match health {
+            Health::Away(_) => since.get_or_insert_with(Instant::now).elapsed() < self.bearable,
+            Health::Ready | Health::Unfit(_) => {
+                *since = None;
+                true
+            }
+        }
     }
 }
 

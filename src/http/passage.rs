@@ -56,7 +56,7 @@ pub async fn escort(
         slot.end_after(LINGER).await;
         response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
     }
-    app.cors.mark(origin.as_ref(), response.headers_mut());
+    app.cors.borrow().mark(origin.as_ref(), response.headers_mut());
     response.headers_mut().insert(REQUEST_ID, id);
     Ok(response)
 }

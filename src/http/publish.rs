@@ -47,7 +47,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let query = app.query(request, &["type", "ttl"])?;
     let principal = who::identify(app, request, &query).await?;
-    app.cors.check_publish(request.headers())?;
+    app.cors.borrow().check_publish(request.headers())?;
     let subject = parse_subject(&subject_in_path(request)?)?;
     who::check_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;
@@ -141,12 +141,16 @@ pub fn check_coding(request: &HttpRequest) -> Result<(), ApiError> {
 /// The whole body, which may pause, and may as a whole take, only for so long: bytes that come one by one for ever are
 /// none that anybody waits for.
 async fn read_body(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<Bytes, ApiError> {
-    let read = tokio::time::timeout(app.limits.body, read_pieces(app, request, payload));
+    let within = app.limits.borrow().body;
+    let read = tokio::time::timeout(within, read_pieces(app, request, payload));
     read.await.unwrap_or_else(|_| Err(ApiError::new(Code::BodyTimeout, "it did not arrive whole in time")))
 }
 
 async fn read_pieces(app: &App, request: &HttpRequest, mut payload: web::Payload) -> Result<Bytes, ApiError> {
-    let bytes_max = app.limits.event_bytes;
+    let (bytes_max, pause) = {
+        let limits = app.limits.borrow();
+        (limits.event_bytes, limits.body_pause)
+    };
     let too_large = || ApiError::new(Code::EventTooLarge, format!("an event has at most {bytes_max} bytes"));
     let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
     if announced.is_some_and(|length: u64| length > bytes_max as u64) {
@@ -154,7 +158,7 @@ async fn read_pieces(app: &App, request: &HttpRequest, mut payload: web::Payload
     }
     let mut body = BytesMut::new();
     loop {
-        let piece = tokio::time::timeout(app.limits.body_pause, payload.next()).await;
+        let piece = tokio::time::timeout(pause, payload.next()).await;
         match piece.map_err(|_| ApiError::new(Code::BodyTimeout, "nothing more arrived for too long"))? {
             None => return Ok(body.freeze()),
             Some(Err(error)) => return Err(ApiError::new(Code::BodyIncomplete, error.to_string())),

@@ -38,8 +38,9 @@ pub async fn filters_in_query(app: web::Data<App>, request: HttpRequest) -> Http
             let detail = "say what to stream, as in /events/orders.eu, /events/orders.> or /events?subject=orders.*";
             return Err(ApiError::new(Code::MissingSubject, detail));
         }
-        if filters.len() > app.limits.filters {
-            let detail = format!("one connection takes at most {} filters, not {}", app.limits.filters, filters.len());
+        let filters_max = app.limits.borrow().filters;
+        if filters.len() > filters_max {
+            let detail = format!("one connection takes at most {filters_max} filters, not {}", filters.len());
             return Err(ApiError::new(Code::TooManyFilters, detail));
         }
         Ok(Filter::fold(filters))

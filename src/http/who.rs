@@ -31,7 +31,8 @@ pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result
         check_local(app, request)?;
     }
     let from_header = authorization(request)?.map(|text| (text, Carrier::Header));
-    let from_cookie = cookies(request, app.auth.cookie()).map(|text| (text, Carrier::Cookie));
+    let cookie = app.auth.cookie();
+    let from_cookie = cookies(request, &cookie).map(|text| (text, Carrier::Cookie));
     let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), Carrier::Query));
     let brought: Vec<(Cow<'_, str>, _)> = from_header.into_iter().chain(from_cookie).chain(from_query).collect();
     let Some((text, carrier)) = brought.first() else { return Ok(app.auth.identify(None).await?) };
@@ -117,7 +118,7 @@ fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
         || !request.uri().host().is_none_or(local::is_local_host)
     {
         "this request's Host is not this machine".into()
-    } else if !headers.get_all(header::ORIGIN).all(|origin| app.cors.lets_in(origin)) {
+    } else if !headers.get_all(header::ORIGIN).all(|origin| app.cors.borrow().lets_in(origin)) {
         "this request is from a page of another site (Origin)".into()
     } else {
         return Ok(());

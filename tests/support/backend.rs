@@ -1,11 +1,6 @@
 //! The one place that says which brokers the suite runs on.
 
-use std::{
-    io::{BufRead, BufReader, Write},
-    net::TcpStream,
-};
-
-use super::{PATIENCE, gateway::Launch, nats::NatsServer};
+use super::{gateway::Launch, nats::NatsServer};
 
 /// The broker that a test's gateways run on. It lives as long as the test.
 pub enum Backend {
@@ -25,13 +20,8 @@ impl Backend {
     /// Drops all but the last events of the stream, so many. (The embedded broker does with `embedded.events`.)
     pub fn keep_only(&self, events: usize) {
         let Backend::Nats(server) = self else { return };
-        let nats = BufReader::new(TcpStream::connect(server.address()).unwrap());
-        nats.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
-        let wish = format!("{{\"keep\":{events}}}");
-        let request = format!("PUB $JS.API.STREAM.PURGE.EVENTS answer {}\r\n{wish}\r\n", wish.len());
-        nats.get_ref().write_all(format!("CONNECT {{}}\r\nSUB answer 1\r\n{request}").as_bytes()).unwrap();
-        let answer = nats.lines().map(Result::unwrap).find(|line| line.starts_with('{'));
-        assert!(answer.is_some_and(|answer| answer.contains("\"success\":true")));
+        let answer = server.ask("$JS.API.STREAM.PURGE.EVENTS", &format!("{{\"keep\":{events}}}"));
+        assert!(answer.contains("\"success\":true"), "{answer}");
     }
 
     /// A gateway on this broker, to be configured and started.

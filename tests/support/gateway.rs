@@ -25,6 +25,7 @@ pub struct Launch {
     arguments: Vec<String>,
     settings: Vec<(String, String)>,
     listen: String,
+    files: Option<u32>,
 }
 
 /// A gateway that serves. Ends with its owner; what it logged is shown if that fails.
@@ -33,6 +34,16 @@ pub struct Gateway {
     pub admin: SocketAddr,
     launch: Launch,
     process: Option<Process>,
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: Option<i32>,
+    /// On stdout.
+    pub said: String,
+    /// On stderr.
+    pub log: String,
 }
 
 struct Process {
@@ -44,7 +55,7 @@ struct Process {
 
 impl Launch {
     pub fn new() -> Launch {
-        Launch { arguments: vec![], settings: vec![], listen: "127.0.0.1:0".into() }
+        Launch { arguments: vec![], settings: vec![], listen: "127.0.0.1:0".into(), files: None }
     }
 
     /// With this setting, as in `sse.heartbeat`, passed in the environment.
@@ -58,6 +69,34 @@ impl Launch {
     pub fn flag(mut self, flag: &str, value: &str) -> Launch {
         self.arguments.extend([flag.into(), value.into()]);
         self
+    }
+
+    /// The same with a subcommand, such as `check`.
+    pub fn command(mut self, name: &str) -> Launch {
+        self.arguments.push(name.into());
+        self
+    }
+
+    /// With so many open files at most.
+    pub fn with_files(mut self, number: u32) -> Launch {
+        self.files = Some(number);
+        self
+    }
+
+    /// Runs it to its end, which it must come to by itself.
+    pub fn run(self) -> Ended {
+        let mut process = self.spawn();
+        let deadline = Instant::now() + PATIENCE;
+        let mut said = String::new();
+        loop {
+            match process.hear(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => said.extend([&*line, "\n"]),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => panic!("the program does not end:\n{said}{}", process.end()),
+            }
+        }
+        let code = process.child.wait().expect("it was started").code();
+        Ended { code, said, log: process.end() }
     }
 
     /// For clients that connect to this address.
@@ -77,7 +116,11 @@ impl Launch {
     }
 
     fn spawn(&self) -> Process {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate"));
+        let binary = env!("CARGO_BIN_EXE_tidegate");
+        let mut command = Command::new(if self.files.is_some() { "sh" } else { binary });
+        if let Some(files) = self.files {
+            command.args(["-c", &format!("ulimit -n {files}; exec \"$0\" \"$@\""), binary]);
+        }
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("TIDEGATE_")) {
             command.env_remove(name);
         }
@@ -130,8 +173,8 @@ impl Process {
     }
 
     /// Waits until it ends by itself. Its stdout is closed then, which can be waited for with a bound.
-    fn exit_status(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
+    fn exit_status(&mut self, limit: Duration) -> ExitStatus {
+        let deadline = Instant::now() + limit;
         loop {
             match self.hear(deadline.saturating_duration_since(Instant::now())) {
                 Ok(_) => {}
@@ -152,6 +195,11 @@ impl Gateway {
     /// SIGTERM: it is to drain.
     pub fn terminate(&mut self) {
         self.signal("TERM");
+    }
+
+    /// SIGHUP: it is to read its settings again.
+    pub fn hang_up(&mut self) {
+        self.signal("HUP");
     }
 
     /// SIGSTOP: it keeps its connections and does nothing.
@@ -189,7 +237,12 @@ impl Gateway {
 
     /// How it ended, once it has by itself.
     pub fn exit_status(&mut self) -> ExitStatus {
-        self.process().exit_status()
+        self.exit_status_within(PATIENCE)
+    }
+
+    /// The same, where it may take so long.
+    pub fn exit_status_within(&mut self, limit: Duration) -> ExitStatus {
+        self.process().exit_status(limit)
     }
 
     /// What it logged, once it has ended by itself.

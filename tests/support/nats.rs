@@ -5,8 +5,8 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
-    net::TcpListener,
+    io::{BufRead, BufReader, Write},
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -91,6 +91,17 @@ impl NatsServer {
 
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// Its answer to one request, on a connection of its own.
+    pub fn ask(&self, subject: &str, request: &str) -> String {
+        let nats = BufReader::new(TcpStream::connect(self.address()).unwrap());
+        nats.get_ref().set_read_timeout(Some(START)).unwrap();
+        let request =
+            format!("CONNECT {{}}\r\nSUB answer 1\r\nPUB {subject} answer {}\r\n{request}\r\n", request.len());
+        nats.get_ref().write_all(request.as_bytes()).unwrap();
+        let answer = nats.lines().map(Result::unwrap).find(|line| line.starts_with('{'));
+        answer.expect("a server answers")
     }
 
     /// The settings of a gateway on this server.

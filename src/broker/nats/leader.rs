@@ -27,6 +27,7 @@ pub(super) mod code {
     pub const TEMPORARILY_UNAVAILABLE: u64 = 10008;
     pub const NO_MESSAGE: u64 = 10037;
     pub const NOT_ENABLED_FOR_ACCOUNT: u64 = 10039;
+    pub const SUBJECTS_OVERLAP: u64 = 10065;
     pub const INSUFFICIENT_STORAGE: u64 = 10047;
     pub const STREAM_NAME_IN_USE: u64 = 10058;
     pub const STREAM_NOT_FOUND: u64 = 10059;

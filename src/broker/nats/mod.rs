@@ -37,10 +37,10 @@ use tokio::{
 
 use self::{
     batch::Batches,
-    leader::{Leader, Requests},
+    leader::{Leader, RequestError, Requests},
     publish::Publisher,
     read::History,
-    start::Entrance,
+    start::{Entrance, Need},
     stream::Fitness,
 };
 use super::{
@@ -88,9 +88,7 @@ impl Nats {
         let (report, incidents) = mpsc::channel(INCIDENTS_MAX);
         let client = entrance.open("publish and live", None, Some(report)).await?;
         entrance.check_server(&client, event_bytes)?;
-        let silent =
-            |error: leader::RequestError| StartError::Silent { subject: "an inbox".into(), why: error.to_string() };
-        let requests = Arc::new(Requests::new(client.clone(), settings.request_timeout).await.map_err(silent)?);
+        let requests = Arc::new(requests(&client, settings).await?);
         let info = entrance.stream(&requests, names, event_bytes).await?;
         // A whole answer must fit: an overflow would break it off each time.
         let answer = history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8);
@@ -133,11 +131,35 @@ impl Nats {
 }
 
 impl Nats {
+    /// What [`Nats::connect`] would find, in a line for people. Changes nothing.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn look(settings: &config::Nats, event_bytes: usize) -> Result<String, StartError> {
+        let (entrance, names) = (Entrance::parse(settings)?, &settings.stream);
+        let client = entrance.open("check", None, None).await?;
+        entrance.check_server(&client, event_bytes)?;
+        let requests = requests(&client, settings).await?;
+        let (version, at, stream) = (client.server_info().version, &entrance.at, &names.name);
+        Ok(match entrance.need(&requests, names, event_bytes).await? {
+            Need::Nothing(info) => describe(&version, at, stream, &info),
+            Need::Making => format!("NATS {version} at {at}, where the stream {stream} will be made"),
+            Need::Mending { misfit, .. } => {
+                format!("NATS {version} at {at}, where the stream {stream} will be mended: {misfit}")
+            }
+        })
+    }
+
     fn connections(&self) -> Vec<Client> {
         let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = [&self.leader.requests().client, &self.history.batches.client];
         shared.into_iter().chain(&*entries).cloned().collect()
     }
+}
+
+async fn requests(client: &Client, settings: &config::Nats) -> Result<Requests, StartError> {
+    let silent = |error: RequestError| StartError::Silent { subject: "an inbox".into(), why: error.to_string() };
+    Requests::new(client.clone(), settings.request_timeout).await.map_err(silent)
 }
 
 fn describe(version: &str, at: &str, stream: &str, info: &leader::Info) -> String {

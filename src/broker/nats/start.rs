@@ -56,6 +56,19 @@ pub enum StartError {
     Silent { subject: String, why: String },
 }
 
+const BY_HAND: &str = "nothing was changed: change it (nats stream edit), or name another stream in nats.stream.name";
+
+/// What is missing before a stream can be used.
+pub(super) enum Need {
+    Nothing(Box<Info>),
+    Making,
+    /// To this configuration; a misfit that is mended by it.
+    Mending {
+        misfit: Box<Misfit>,
+        config: serde_json::Value,
+    },
+}
+
 /// Servers and how to enter them.
 pub(super) struct Entrance {
     servers: Vec<ServerAddr>,
@@ -167,35 +180,49 @@ impl Entrance {
         settings: &config::NatsStream,
         event_bytes: usize,
     ) -> Result<Info, StartError> {
+        // Made by another gateway meanwhile, it may have to be mended.
+        for _ in 0..2 {
+            match self.need(requests, settings, event_bytes).await? {
+                Need::Nothing(info) => return Ok(*info),
+                Need::Making => self.change(requests, settings, "made", stream::definition(settings)).await?,
+                Need::Mending { config, .. } => self.change(requests, settings, "mended", config).await?,
+            }
+        }
+        let stream = settings.name.clone();
+        match self.need(requests, settings, event_bytes).await? {
+            Need::Nothing(info) => Ok(*info),
+            Need::Making => Err(StartError::NoStream { stream }),
+            Need::Mending { misfit, .. } => Err(StartError::Misfit { stream, misfit, mend: BY_HAND }),
+        }
+    }
+
+    /// What has to be done before the stream can be used. Changes nothing.
+    pub async fn need(
+        &self,
+        requests: &Requests,
+        settings: &config::NatsStream,
+        event_bytes: usize,
+    ) -> Result<Need, StartError> {
         let name = &settings.name;
-        let mut info = match leader::info_of(requests, name).await {
+        let info = match leader::info_of(requests, name).await {
             Ok(info) => info,
             Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NOT_FOUND => {
-                if !settings.manage {
-                    return Err(StartError::NoStream { stream: name.clone() });
-                }
-                self.change(requests, settings, "made", stream::definition(settings)).await?
+                return if settings.manage {
+                    Ok(Need::Making)
+                } else {
+                    Err(StartError::NoStream { stream: name.clone() })
+                };
             }
             Err(error) => return Err(self.unanswered(error, format!("$JS.API.STREAM.INFO.{name}"))),
         };
-        let fitness = Fitness::new(settings.clone(), event_bytes);
-        let misfits = fitness.misfits(&info.config);
-        if misfits.is_empty() {
-            return Ok(info);
-        }
-        let misfit =
-            |misfit: &Misfit, mend| StartError::Misfit { stream: name.clone(), misfit: Box::new(misfit.clone()), mend };
+        let misfits = Fitness::new(settings.clone(), event_bytes).misfits(&info.config);
+        let Some(first) = misfits.first() else { return Ok(Need::Nothing(Box::new(info))) };
+        let misfit = |misfit, mend| StartError::Misfit { stream: name.clone(), misfit: Box::new(misfit), mend };
         if !settings.manage {
-            let mend = "change it (nats stream edit), or set nats.stream.manage";
-            return Err(misfit(&misfits[0], mend));
+            return Err(misfit(first.clone(), "change it (nats stream edit), or set nats.stream.manage"));
         }
-        let by_hand = "nothing was changed: change it (nats stream edit), or name another stream in nats.stream.name";
-        let config = stream::mended(info.config, &misfits).map_err(|found| misfit(&found, by_hand))?;
-        info = self.change(requests, settings, "mended", config).await?;
-        match fitness.misfits(&info.config).first() {
-            None => Ok(info),
-            Some(found) => Err(misfit(found, by_hand)),
-        }
+        let config = stream::mended(info.config, &misfits).map_err(|found| misfit(found, BY_HAND))?;
+        Ok(Need::Mending { misfit: Box::new(first.clone()), config })
     }
 
     /// Makes or updates the stream.
@@ -205,13 +232,13 @@ impl Entrance {
         settings: &config::NatsStream,
         attempt: &'static str,
         config: serde_json::Value,
-    ) -> Result<Info, StartError> {
+    ) -> Result<(), StartError> {
         let name = &settings.name;
         let verb = if attempt == "made" { "CREATE" } else { "UPDATE" };
         let subject = format!("$JS.API.STREAM.{verb}.{name}");
         match requests.ask(subject.clone(), json!(config)).await {
             Ok(_) => tracing::info!(stream = %name, "the stream was {attempt}"),
-            // Another gateway was faster; what it made is looked at below.
+            // Another gateway was faster; what it made is looked at next.
             Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NAME_IN_USE => {}
             Err(RequestError::Refused(refusal)) => {
                 let mend = match refusal.err_code {
@@ -219,15 +246,17 @@ impl Entrance {
                         "it reserves its max_bytes: give JetStream more storage (max_file_store), or make the stream \
                          yourself, smaller (nats stream add --config nats/stream.json --max-bytes 100MB)"
                     }
+                    code::SUBJECTS_OVERLAP => {
+                        "another stream has these subjects: name it in nats.stream.name if it is the one, or use \
+                         another nats.stream.prefix"
+                    }
                     _ => "make or change it yourself (nats/stream.json has what is needed)",
                 };
                 return Err(StartError::Refused { stream: name.clone(), attempt, why: refusal.description, mend });
             }
             Err(error) => return Err(self.unanswered(error, subject)),
         }
-        leader::info_of(requests, name)
-            .await
-            .map_err(|error| self.unanswered(error, format!("$JS.API.STREAM.INFO.{name}")))
+        Ok(())
     }
 
     fn unanswered(&self, error: RequestError, subject: String) -> StartError {

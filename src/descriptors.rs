@@ -1,0 +1,69 @@
+//! Open files: each connection is one, and the operating system allows so many. Asks for as many as the limits need, and
+//! where it gets fewer lowers the limits, so that a node that is full says so, and never finds out by failing.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::config::Limits;
+
+/// Files besides connections: the broker's, listeners, what the runtime and the threads poll with.
+const OWN: u64 = 64;
+
+/// Why limits were lowered, in words for the operator.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "this process may have {hard} open files, but limits.streams and limits.connections need {needed}: only {streams} \
+     streams and {connections} other connections are taken (raise `ulimit -Hn`, or LimitNOFILE)"
+)]
+pub struct TooFew {
+    hard: u64,
+    needed: u64,
+    streams: usize,
+    connections: usize,
+}
+
+/// Raises this process's soft limit to what `limits` need, or lowers them to what its hard limit allows.
+pub fn provide(limits: &mut Limits) -> Option<TooFew> {
+    let needed = needed_for(limits);
+    // Where it can't be asked, it can't be helped either.
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    let wanted = needed.min(hard);
+    let allowed = match setrlimit(Resource::RLIMIT_NOFILE, wanted.max(soft), hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    lower(limits, allowed)
+}
+
+fn needed_for(limits: &Limits) -> u64 {
+    OWN.saturating_add(limits.streams as u64).saturating_add(limits.connections as u64)
+}
+
+/// Streams are what a gateway is for: other connections get a quarter at most.
+fn lower(limits: &mut Limits, hard: u64) -> Option<TooFew> {
+    let needed = needed_for(limits);
+    if needed <= hard {
+        return None;
+    }
+    let room = usize::try_from(hard.saturating_sub(OWN)).unwrap_or(usize::MAX);
+    limits.connections = limits.connections.min((room / 4).max(1));
+    limits.streams = limits.streams.min((room - room.min(limits.connections)).max(1));
+    Some(TooFew { hard, needed, streams: limits.streams, connections: limits.connections })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn limits_are_lowered_only_as_far_as_they_must() {
+        for (hard, streams, connections) in
+            [(100_000, 10_000, 4096), (14_160, 10_000, 4096), (1024, 720, 240), (64, 1, 1), (0, 1, 1)]
+        {
+            let mut limits = Config::load(None, vec![]).unwrap().limits;
+            let lowered = lower(&mut limits, hard);
+            assert_eq!((limits.streams, limits.connections), (streams, connections), "{hard}");
+            assert_eq!(lowered.is_some(), hard < 14_160, "{hard}");
+        }
+    }
+}
