@@ -204,9 +204,15 @@ fn a_hangup_takes_new_keys_and_no_stream_notices() {
         |gateway: &Gateway, subject: &str| gateway.ask(Request::post(format!("/events/{subject}")).body("x")).status;
     assert_eq!(publish(&gateway, "private.a"), 401);
 
-    file.write("[auth.anonymous]\npublish = ['private.>', 'public.>']\n[limits]\nstreams = 1\n[sse]\nretry = '9s'\n");
+    file.write("[auth.anonymous]\npublish = ['private.>', 'public.>']\n[limits]\nstreams = 1\n[cors]\norigins = ['https://a.example']\n[sse]\nretry = '9s'\n");
     gateway.hang_up();
     wait_until(|| publish(&gateway, "private.a") == 201);
+    let of_page = gateway.ask(Request::get("/events/public.a").header("Origin", "https://a.example"));
+    assert_eq!(
+        of_page.header("Access-Control-Allow-Credentials"),
+        Some("true"),
+        "its origin is listed now: {of_page:?}"
+    );
     assert!(gateway.ask_admin("/health/ready").text().starts_with("full"), "one stream is all there may be");
     file.write("[auth.anonymous]\npublish = 'nonsense'\n");
     gateway.hang_up();
