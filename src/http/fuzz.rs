@@ -218,7 +218,8 @@ proptest! {
         if is_local_origin(&origin) {
             let uri: Uri = origin.parse().unwrap_or_else(|_| panic!("{origin:?} is no URI"));
             let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-            let near = host == "localhost" || host.parse().is_ok_and(|address: IpAddr| address.is_loopback());
+            let is_loopback = |address: IpAddr| address.to_canonical().is_loopback();
+            let near = host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(is_loopback);
             prop_assert!(near, "{:?}", origin);
         }
     }
