@@ -597,7 +597,7 @@ fn a_new_key_is_found_and_known_ones_outlive_their_endpoint() {
 fn a_gateway_starts_while_its_provider_is_down() {
     let pair = KeyPair::make(Algorithm::EdDSA);
     let keys = Arc::new(Mutex::new(vec![pair.jwk("one")]));
-    let address = support::nginx::free_address();
+    let address = support::nats::free_address();
     let gateway = Launch::new()
         .with("auth.jwt.jwks_url", &format!("http://{address}/jwks"))
         .with("auth.jwt.jwks_refresh_min", "100ms")

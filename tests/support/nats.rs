@@ -6,7 +6,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -52,7 +52,7 @@ impl NatsServer {
         let file = directory.join("nats-server.conf");
         fs::create_dir_all(&directory).unwrap();
         fs::write(&file, configuration).unwrap();
-        let port = free_port();
+        let port = free_address().port();
         let arguments =
             ["-c", "nats-server.conf", "-a", "127.0.0.1", "-p", &port.to_string()].map(String::from).to_vec();
         let child = run(&binary, &arguments, &directory);
@@ -123,7 +123,7 @@ pub struct Cluster {
 impl Cluster {
     /// Starts the servers. They have yet to find each other and to elect whoever decides on streams.
     pub fn start() -> Cluster {
-        let routes = [0; 3].map(|_| free_port());
+        let routes = [0; 3].map(|_| free_address().port());
         let urls = routes.map(|port| format!("\"nats-route://127.0.0.1:{port}\"")).join(", ");
         let nodes = std::array::from_fn(|n| {
             // Clients are not told of the other servers: they know those that they shall know.
@@ -184,8 +184,11 @@ fn run(binary: &Path, arguments: &[String], directory: &Path) -> Child {
     }
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// An address that nobody listens on, nor is likely to: the system gives connections no port below 32768.
+pub fn free_address() -> SocketAddr {
+    let mut addresses =
+        std::iter::repeat_with(|| SocketAddr::from(([127, 0, 0, 1], rand::random_range(12_000..32_000))));
+    addresses.find(|address| TcpListener::bind(address).is_ok()).expect("it is endless")
 }
 
 /// `NATS_SERVER_BIN`, or nats-server on the PATH, or the one in `target/tools`.

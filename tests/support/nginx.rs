@@ -2,14 +2,14 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::Instant,
 };
 
-use super::PATIENCE;
+use super::{PATIENCE, nats::free_address};
 
 /// nginx in a directory of its own. Ends with its owner.
 pub struct Nginx {
@@ -103,7 +103,7 @@ impl Nginx {
             .expect("nginx is installed (tests/run does it)");
         self.child = Some(child);
         let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(self.https).is_err() {
+        while [self.http, self.https].iter().any(|address| TcpStream::connect(address).is_err()) {
             assert!(Instant::now() < deadline, "nginx does not listen: {}", self.errors());
             std::thread::yield_now();
         }
@@ -135,10 +135,6 @@ impl Drop for Nginx {
         }
         let _ = fs::remove_dir_all(&self.directory);
     }
-}
-
-pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port is free")
 }
 
 fn shipped(file: &str) -> String {
