@@ -247,6 +247,7 @@ impl Config {
     pub fn changes_while_it_runs(key: &str) -> bool {
         let of_servers = ["event_bytes", "connections", "request_head", "keep_alive"];
         match key.split_once('.') {
+            Some(("auth", "jwt.expiry_warning")) => false,
             Some(("auth" | "cors", _) | ("log", "filter")) => true,
             Some(("limits", limit)) => !of_servers.contains(&limit),
             _ => false,

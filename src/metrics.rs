@@ -52,7 +52,7 @@ metrics! {
     streams_limit: IntGauge("tidegate_streams_limit", "Streams that may be open: limits.streams.");
     streams_behind: IntGauge("tidegate_streams_behind", "Streams that are served from history now.");
     streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by how they began.", ["start": "new", "resumed", "gap"]);
-    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "write-failed", "drained", "cut", "token-expired"]);
+    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "write-failed", "drained", "cut", "aged", "token-expired"]);
     feeds: IntGauge("tidegate_feeds", "Feeds (distinct filters) that are kept now.");
     events_received: IntCounter("tidegate_events_received_total", "Events that came from the broker, counted for each feed.");
     events_delivered: IntCounter("tidegate_events_delivered_total", "Events written to clients, counted for each client.");
@@ -98,6 +98,7 @@ impl Drop for Counted {
 
 /// What is looked at when somebody asks, rather than counted.
 pub struct Now {
+    pub streams_limit: usize,
     pub broker_up: bool,
     pub broker_connections: u64,
     pub broker_round_trip: Duration,
@@ -110,6 +111,7 @@ pub struct Now {
 impl Metrics {
     /// The text format of Prometheus.
     pub fn encode(&self, now: Now) -> Vec<u8> {
+        self.streams_limit.set(i64::try_from(now.streams_limit).unwrap_or(i64::MAX));
         self.broker_up.set(i64::from(now.broker_up));
         self.broker_connections.inc_by(now.broker_connections.saturating_sub(self.broker_connections.get()));
         self.broker_round_trip_seconds.set(now.broker_round_trip.as_secs_f64());

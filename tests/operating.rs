@@ -214,6 +214,7 @@ fn a_hangup_takes_new_keys_and_no_stream_notices() {
         "its origin is listed now: {of_page:?}"
     );
     assert!(gateway.ask_admin("/health/ready").text().starts_with("full"), "one stream is all there may be");
+    assert_eq!(gateway.metric("tidegate_streams_limit"), 1.0);
     file.write("[auth.anonymous]\npublish = 'nonsense'\n");
     gateway.hang_up();
     assert_eq!(gateway.ask("/events/public.a").status, 401, "what was taken away is gone");

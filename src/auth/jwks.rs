@@ -87,8 +87,8 @@ impl Reader {
             self.known.send_modify(|known| {
                 *known = Known {
                     keys: read.unwrap_or_else(|error| {
-                        let url = &self.config.jwks_url;
-                        tracing::warn!(url, error, "auth.jwt.jwks_url can't be read; keys known before stay in use");
+                        // Without the URL, which may carry a password.
+                        tracing::warn!(error, "auth.jwt.jwks_url can't be read; keys known before stay in use");
                         known.keys.clone()
                     }),
                     failed,

@@ -29,6 +29,7 @@ use crate::{
     config::{self, AuthMode},
     metrics::Metrics,
     shutdown::Tasks,
+    subject::Filter,
 };
 
 /// Everything that says who may do what on this gateway. Clones are replaced together.
@@ -180,7 +181,13 @@ impl Auth {
             Openness::Open => "open to everybody who reaches it (auth.mode = \"open\")".into(),
             Openness::Closed => {
                 let tokens = if auth.tokens.is_some() { "tokens" } else { "no tokens" };
-                format!("{tokens}, {} API keys, anonymous: {:?}", auth.keys.len(), auth.anonymous.rights())
+                let list = |filters: &[Filter]| match filters {
+                    [] => "nothing".to_owned(),
+                    some => some.iter().map(Filter::as_str).collect::<Vec<_>>().join(", "),
+                };
+                let config::Rights { subscribe, publish } = auth.anonymous.rights();
+                let (keys, reads, publishes) = (auth.keys.len(), list(subscribe), list(publish));
+                format!("{tokens}, {keys} API keys; everybody may read {reads} and publish to {publishes}")
             }
         }
     }

@@ -8,6 +8,7 @@ mod debug;
 pub mod error;
 #[cfg(test)]
 mod fuzz;
+mod health;
 mod passage;
 mod publish;
 mod query;
@@ -18,20 +19,19 @@ use std::{
     convert::Infallible,
     io,
     net::{IpAddr, TcpListener},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use actix_http::{HttpService, KeepAlive, error::DispatchError};
 use actix_server::{Server, ServerBuilder};
 use actix_service::{IntoServiceFactory, ServiceFactoryExt, fn_service, map_config};
-use actix_web::{
-    HttpRequest, HttpResponse, Resource, dev::AppConfig, guard::fn_guard, http::StatusCode, middleware::from_fn, web,
-};
+use actix_web::{HttpRequest, HttpResponse, Resource, dev::AppConfig, guard::fn_guard, middleware::from_fn, web};
 use futures_util::future::BoxFuture;
 use tokio::{net::TcpStream, runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::health::Absence;
 use self::{
     address::Proxies,
     connection::Connection,
@@ -41,12 +41,12 @@ use self::{
 };
 use crate::{
     auth::Auth,
-    broker::{Health, Publication, Publish, PublishError, Published, SharedBroker},
+    broker::{Publication, Publish, PublishError, Published, SharedBroker},
     config::{self, Debug},
     delivery::Deliveries,
     hub::Hub,
     limits::{Limits, Place},
-    metrics::{Metrics, Now},
+    metrics::Metrics,
 };
 
 /// How long a connection is kept for the rest of a body that nobody wants, and for its own orderly end.
@@ -95,9 +95,9 @@ fn routes(config: &mut web::ServiceConfig) {
 /// The URL space of the admin listener.
 fn admin_routes(config: &mut web::ServiceConfig) {
     config
-        .route("/metrics", web::get().to(metrics))
+        .route("/metrics", web::get().to(health::metrics))
         .route("/health/live", web::get().to(HttpResponse::Ok))
-        .route("/health/ready", web::get().to(ready))
+        .route("/health/ready", web::get().to(health::ready))
         .route("/debug/streams", web::get().to(debug::streams))
         .route("/debug/feeds", web::get().to(debug::feeds))
         .default_service(web::to(not_found));
@@ -182,64 +182,6 @@ async fn method_not_allowed(app: web::Data<App>, request: HttpRequest) -> HttpRe
 
 async fn not_found(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
     app.refuse(&request, &ApiError::new(Code::NotFound, "events are read and published at /events/{subject}"))
-}
-
-async fn metrics(app: web::Data<App>) -> HttpResponse {
-    let (link, runtime) = (app.broker.link(), app.runtime.metrics());
-    let now = Now {
-        broker_up: !matches!(app.broker.health(), Health::Away(_)),
-        broker_connections: link.connections,
-        broker_round_trip: link.round_trip,
-        runtime_tasks: runtime.num_alive_tasks(),
-        runtime_queue: runtime.global_queue_depth(),
-        runtime_workers: runtime.num_workers(),
-        runtime_busy: (0..runtime.num_workers()).map(|worker| runtime.worker_total_busy_duration(worker)).sum(),
-    };
-    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode(now))
-}
-
-/// 200 while this node should get requests, else 503; the body says why not.
-async fn ready(app: web::Data<App>) -> HttpResponse {
-    let away = |why: &str| {
-        HttpResponse::build(StatusCode::SERVICE_UNAVAILABLE)
-            .content_type("text/plain; charset=utf-8")
-            .body(format!("{why}\n"))
-    };
-    let health = app.broker.health();
-    let is_short = app.absence.is_short(&health);
-    match health {
-        _ if app.leaving.is_cancelled() => away("draining"),
-        Health::Unfit(why) => away(&format!("broker: {why}")),
-        Health::Away(why) if !is_short => away(&format!("broker: {why}")),
-        Health::Ready | Health::Away(_) if app.deliveries.is_full() => {
-            away("full: there is no room for another stream")
-        }
-        Health::Ready | Health::Away(_) => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
-    }
-}
-
-/// How long the broker has been away, as far as anybody has asked.
-pub struct Absence {
-    /// One that is not longer is nothing to speak of.
-    bearable: Duration,
-    since: Mutex<Option<Instant>>,
-}
-
-impl Absence {
-    pub fn bearable_for(bearable: Duration) -> Absence {
-        Absence { bearable, since: Mutex::default() }
-    }
-
-    fn is_short(&self, health: &Health) -> bool {
-        let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-        match health {
-            Health::Away(_) => since.get_or_insert_with(Instant::now).elapsed() < self.bearable,
-            Health::Ready | Health::Unfit(_) => {
-                *since = None;
-                true
-            }
-        }
-    }
 }
 
 /// What became of an event that was handed to the broker.

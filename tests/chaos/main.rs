@@ -3,11 +3,11 @@
 //! against what was acknowledged.
 //!
 //! ```text
-//! cargo test --test chaos                                  about two minutes, a seed of its own, which it prints
-//! CHAOS_SEED=7 cargo test --test chaos -- --nocapture      the same faults again (at other moments of the machine's)
-//! CHAOS_ROUNDS=0 cargo test --test chaos                   endless: round after round, the next seed each
-//! CHAOS_RATE=8000 cargo test --release --test chaos        events a second; what was reached is printed
-//! CHAOS_ONLY=LeaderFrozen,GatewayCut cargo test ..         only these faults
+//! cargo test --test chaos -- --ignored --nocapture    about two minutes, a seed of its own, which it prints
+//! CHAOS_SEED=7 cargo test ..                          the same faults again (at other moments of the machine's)
+//! CHAOS_ROUNDS=0 cargo test ..                        endless: round after round, the next seed each
+//! CHAOS_RATE=8000 cargo test --release ..             events a second; what was reached is printed
+//! CHAOS_ONLY=LeaderFrozen,GatewayCut cargo test ..    only these faults
 //! ```
 
 #[path = "../support/mod.rs"]

@@ -214,10 +214,7 @@ impl Broker for Nats {
     }
 
     fn health(&self) -> Health {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut connections =
-            [&self.leader.requests().client, &self.history.batches.client].into_iter().chain(&*entries);
-        if connections.any(|client| client.connection_state() != State::Connected) {
+        if self.connections().iter().any(|client| client.connection_state() != State::Connected) {
             return Health::Away("not connected to NATS".into());
         }
         let (known, name) = (self.leader.known(), &self.settings.stream.name);
