@@ -244,6 +244,8 @@ impl Signals {
 
     async fn next(&mut self) -> Told {
         tokio::select! {
+            // Settings that were handed over before the end are read, and judged, before it.
+            biased;
             _ = self.hangup.recv() => Told::Reload,
             _ = self.terminate.recv() => Told::End,
             _ = self.interrupt.recv() => Told::End,
