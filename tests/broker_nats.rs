@@ -383,6 +383,32 @@ async fn a_stream_made_anew_is_another_epoch() {
 }
 
 #[tokio::test]
+async fn a_receipt_is_of_the_stream_that_is_there_even_if_nobody_told_of_it() {
+    let server = NatsServer::with(
+        "authorization { users: [
+           { user: operator, password: op }
+           { user: gate, password: pw, permissions: { subscribe: { deny: \"$JS.EVENT.>\" } } }
+         ] }",
+    );
+    let broker = connect(&server.settings_as("gate:pw@")).await;
+    for _ in 0..3 {
+        broker.publish(on("a")).await.unwrap().await.unwrap();
+    }
+    let operator = Operator::of(&server, "operator:op@").await;
+    let config = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+
+    operator.ask("STREAM.DELETE.EVENTS", Value::Null).await;
+    operator.ask("STREAM.CREATE.EVENTS", config).await;
+    let first = Publication { key: Some("k".into()), ..on("a") };
+    let receipt = broker.publish(first.clone()).await.unwrap().await;
+
+    assert_eq!(receipt, Err(PublishError::OutcomeUnknown), "it was sent to one stream, and is in another");
+    let again = broker.publish(first).await.unwrap().await.unwrap();
+    assert_eq!((again.id.epoch, again.id.sequence), (broker.bounds().await.unwrap().epoch, 1));
+    assert!(again.duplicate);
+}
+
+#[tokio::test]
 async fn a_deleted_stream_is_told_and_stores_nothing() {
     let server = NatsServer::start();
     let broker = connect(&server.settings()).await;

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -134,16 +134,23 @@ struct Shared {
     known: Arc<Known>,
 }
 
+/// An incarnation of the stream, and the last sequence that is known of it.
+#[derive(Clone, Copy)]
+struct Incarnation {
+    epoch: Epoch,
+    last: u64,
+}
+
 /// When a request was sent, and what was known then.
 #[derive(Clone, Copy)]
 pub(super) struct Sending {
     at: Instant,
-    epoch: Epoch,
+    known: Incarnation,
 }
 
 /// What the last answer said, kept by whoever asks next.
 pub(super) struct Known {
-    epoch: Mutex<Epoch>,
+    incarnation: Mutex<Incarnation>,
     /// Why the last question about the stream failed, if it did.
     trouble: Mutex<Option<String>>,
     /// What is wrong with the stream's settings, if anything is.
@@ -198,14 +205,28 @@ impl Known {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) =
             answer.as_ref().err().map(|error| error.to_string());
         if let Ok(info) = answer {
-            let mut epoch = self.epoch.lock().unwrap_or_else(PoisonError::into_inner);
-            if std::mem::replace(&mut *epoch, info.bounds.epoch) != info.bounds.epoch {
-                tracing::warn!(epoch = %info.bounds.epoch, "the stream was made anew");
-                drop(epoch);
+            let Bounds { epoch, last, .. } = info.bounds;
+            let before = std::mem::replace(&mut *self.incarnation(), Incarnation { epoch, last });
+            if before.epoch == epoch {
+                self.reach(epoch, before.last);
+            } else {
+                tracing::warn!(%epoch, "the stream was made anew");
                 self.doubt();
             }
             self.epoch_as_of.store(as_of, Ordering::Release);
         }
+    }
+
+    /// Takes note of an event that was stored.
+    fn reach(&self, epoch: Epoch, sequence: u64) {
+        let mut known = self.incarnation();
+        if known.epoch == epoch {
+            known.last = known.last.max(sequence);
+        }
+    }
+
+    fn incarnation(&self) -> MutexGuard<'_, Incarnation> {
+        self.incarnation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -213,7 +234,7 @@ impl Leader {
     /// Of a stream that is known to be there, in this state.
     pub fn new(requests: Arc<Requests>, stream: String, info: &Info) -> Leader {
         let known = Arc::new(Known {
-            epoch: Mutex::new(info.bounds.epoch),
+            incarnation: Mutex::new(Incarnation { epoch: info.bounds.epoch, last: info.bounds.last }),
             trouble: Mutex::new(None),
             misfit: Mutex::new(None),
             doubts: watch::Sender::new(0),
@@ -265,12 +286,12 @@ impl Leader {
 
     /// The incarnation of the stream that the last answer told of.
     pub fn epoch(&self) -> Epoch {
-        *self.0.known.epoch.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.known.incarnation().epoch
     }
 
     /// To be taken before a request is sent whose answer does not say of which incarnation it is.
     pub fn sending(&self) -> Sending {
-        Sending { at: Instant::now(), epoch: self.epoch() }
+        Sending { at: Instant::now(), known: *self.0.known.incarnation() }
     }
 
     /// The incarnation that answered such a request, now; `None` if it may be one or another. Asked for if it may have
@@ -280,11 +301,26 @@ impl Leader {
         let Shared { requests, known, .. } = &*self.0;
         let as_of = known.epoch_as_of.load(Ordering::Acquire);
         let known_to_last = as_of == occasions(requests, known.changes.load(Ordering::Acquire));
-        let now = match known_to_last && sending.at.elapsed() < SLOW {
-            true => self.epoch(),
-            false => self.info().await.ok()?.bounds.epoch,
+        match known_to_last && sending.at.elapsed() < SLOW {
+            true => (self.epoch() == sending.known.epoch).then_some(sending.known.epoch),
+            false => self.asked(sending).await,
+        }
+    }
+
+    /// The same for a request that stored an event, with this sequence. The word of a change can come late in a cluster,
+    /// or not at all: a stream that counts anew is another one.
+    pub async fn stored(&self, sending: Sending, sequence: u64) -> Option<Epoch> {
+        let epoch = match sequence > sending.known.last {
+            true => self.answered(sending).await?,
+            false => self.asked(sending).await?,
         };
-        (now == sending.epoch).then_some(now)
+        self.0.known.reach(epoch, sequence);
+        Some(epoch)
+    }
+
+    async fn asked(&self, sending: Sending) -> Option<Epoch> {
+        let now = self.info().await.ok()?.bounds.epoch;
+        (now == sending.known.epoch).then_some(now)
     }
 
     pub fn known(&self) -> &Arc<Known> {

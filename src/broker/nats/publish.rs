@@ -102,7 +102,11 @@ impl Publish for Publisher {
             match verdict(&message.payload) {
                 Verdict::Stored { sequence, duplicate } => {
                     // Stored, but where? Whoever tries again with the same key gets the right id.
-                    let epoch = leader.answered(sending).await.ok_or(PublishError::OutcomeUnknown)?;
+                    let epoch = match duplicate {
+                        true => leader.answered(sending).await,
+                        false => leader.stored(sending, sequence).await,
+                    };
+                    let epoch = epoch.ok_or(PublishError::OutcomeUnknown)?;
                     Ok(Published { id: EventId { epoch, sequence }, duplicate })
                 }
                 Verdict::ConditionFailed { settled } => match retry {
