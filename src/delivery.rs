@@ -1,33 +1,49 @@
-//! The streams of a node: counts and caps them, gives each socket a lean task of its own, and ends them all on drain.
+//! The streams of a node: counts and caps them, has each carried by one of its porters, and ends them all on drain.
 //!
 //! | module | is about |
 //! |---|---|
-//! | `task` | one stream: what is written to its socket, and when that ends |
+//! | `stream` | one stream: what is written to its socket, and when that ends |
+//! | `porter` | the loop that carries many of them: waits for feeds, sockets and time |
+//! | `bell` | which streams of a porter have something to do |
 //! | `peer` | whether a client that acknowledges nothing is still there |
 //! | `register` | which streams are open, and how the last ones ended, for whoever asks |
 
+mod bell;
 mod peer;
+mod porter;
 mod register;
-mod task;
+mod stream;
 
 use std::{
     io,
     net::TcpStream as StdTcpStream,
+    num::NonZero,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
     time::Duration,
 };
 
 use bytes::Bytes;
 use jiff::Timestamp;
 use rand::RngExt;
-use tokio::{net::TcpStream, sync::watch, time::Instant};
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    net::TcpStream,
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 
 pub use self::register::{Client, Ended, Record, Register};
-use self::task::{Delivery, Expiry};
+use self::{
+    porter::Porter,
+    stream::{End, Expiry, Stream},
+};
 use crate::{
     config::{self, Config},
     hub::{Cursor, Opening},
@@ -47,6 +63,16 @@ pub struct Deliveries(Arc<Shared>);
 
 struct Shared {
     open: Arc<AtomicUsize>,
+    common: Arc<Common>,
+    porters: Vec<mpsc::UnboundedSender<Stream>>,
+    next_porter: AtomicUsize,
+    tasks: Tasks,
+    /// Counts streams, and rights to one, for whoever waits for their end.
+    tracker: TaskTracker,
+}
+
+/// What all streams have in common.
+struct Common {
     limits: watch::Receiver<config::Limits>,
     sse: config::Sse,
     expiry_warning: Duration,
@@ -56,7 +82,6 @@ struct Shared {
     began: Instant,
     draining: CancellationToken,
     metrics: Arc<Metrics>,
-    tasks: Tasks,
 }
 
 /// The right to open one stream.
@@ -67,18 +92,20 @@ pub struct Admission {
 }
 
 /// One of the streams that are open, for as long as it is kept.
-struct Slot(Arc<AtomicUsize>);
+struct Slot {
+    open: Arc<AtomicUsize>,
+    _token: TaskTrackerToken,
+}
 
 impl Deliveries {
-    /// Streams whose tasks run on, and are counted by, `tasks`.
+    /// Streams that are carried by `tasks`.
     pub fn new(
         config: &Config,
         limits: watch::Receiver<config::Limits>,
         metrics: Arc<Metrics>,
         tasks: Tasks,
     ) -> Deliveries {
-        Deliveries(Arc::new(Shared {
-            open: Arc::default(),
+        let common = Arc::new(Common {
             limits,
             sse: config.sse.clone(),
             expiry_warning: config.auth.jwt.expiry_warning,
@@ -87,48 +114,63 @@ impl Deliveries {
             began: Instant::now(),
             draining: CancellationToken::new(),
             metrics,
-            tasks,
-        }))
+        });
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        let porters = (0..processors).map(|_| {
+            let (porter, arrive) = Porter::new(common.clone());
+            tasks.spawn(porter.run());
+            arrive
+        });
+        let (porters, next_porter) = (porters.collect(), AtomicUsize::new(0));
+        let (open, tracker) = (Arc::default(), TaskTracker::new());
+        Deliveries(Arc::new(Shared { open, common, porters, next_porter, tasks, tracker }))
     }
 
     /// Whether there is no room for another stream.
     pub fn is_full(&self) -> bool {
-        self.0.open.load(Ordering::Acquire) >= self.0.limits.borrow().streams
+        self.0.open.load(Ordering::Acquire) >= self.0.common.limits.borrow().streams
     }
 
     /// Room for one more stream, if there is. It keeps its client's place until it has ended.
     pub fn admit(&self, place: Place) -> Option<Admission> {
-        let most = self.0.limits.borrow().streams;
+        let most = self.0.common.limits.borrow().streams;
         let one_more = |open: usize| (open < most).then_some(open + 1);
         self.0.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).ok()?;
-        Some(Admission { deliveries: self.clone(), slot: Slot(self.0.open.clone()), place })
+        let slot = Slot { open: self.0.open.clone(), _token: self.0.tracker.token() };
+        Some(Admission { deliveries: self.clone(), slot, place })
     }
 
     /// The streams, for whoever looks at them.
     pub fn register(&self) -> &Register {
-        &self.0.register
+        &self.0.common.register
     }
 
     /// Ends every stream at its own moment, and waits until the last has ended.
     pub async fn drain(&self) {
-        self.0.draining.cancel();
-        self.0.tasks.finished().await;
+        self.0.common.draining.cancel();
+        self.0.tracker.close();
+        self.0.tracker.wait().await;
     }
 
-    /// How long this client is to wait before it reconnects: between one and two times the configured time, so that
-    /// clients that lost their connections together do not return together.
+    /// How long a client is to wait before it reconnects: another time for each.
     pub fn retry(&self) -> Duration {
-        self.0.sse.retry.mul_f64(rand::rng().random_range(1.0..2.0))
+        self.0.common.retry()
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.open.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-impl Shared {
+impl Common {
+    /// Between one and two times the configured time, so that clients that lost their connections together do not
+    /// return together.
+    fn retry(&self) -> Duration {
+        self.sse.retry.mul_f64(rand::rng().random_range(1.0..2.0))
+    }
+
     /// In seconds.
     fn age(&self) -> u32 {
         u32::try_from(self.began.elapsed().as_secs()).unwrap_or(u32::MAX)
@@ -155,31 +197,22 @@ impl Admission {
         client: Client,
         expires: Option<Timestamp>,
     ) -> io::Result<()> {
-        let Admission { deliveries, slot, place } = self;
+        let Shared { common, porters, next_porter, tasks, .. } = &*self.deliveries.0;
         // The latency of the last piece of a burst is worth more than full packets.
         socket.set_nodelay(true)?;
         socket2::SockRef::from(&socket).set_tcp_notsent_lowat(NOTSENT_BYTES)?;
-        let tasks = deliveries.0.tasks.clone();
         let socket = {
             let _in_runtime = tasks.enter();
             TcpStream::from_std(socket)?
         };
-        let opening = opening_bytes(opening, deliveries.retry());
-        // Used where it stands, and all that is rare is boxed: this future is what an idle client costs.
-        let expiry = expires.map(|expires| Box::new(Expiry::new(expires, deliveries.0.expiry_warning)));
-        let record = deliveries.0.register.open(client, cursor.whereabouts());
-        let ages_at = deliveries.0.end_of_a_life();
-        let deliveries = deliveries.0;
-        let mut delivery = Delivery { socket, cursor, deliveries, record, opening, unasked_bytes: 0, ages_at, expiry };
-        tasks.spawn_uncut(async move {
-            delivery.deliveries.metrics.streams.inc();
-            let end = delivery.run().await;
-            // Before the metric says so, there is room for another.
-            drop((slot, place));
-            delivery.deliveries.metrics.streams.dec();
-            delivery.deliveries.metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
-            delivery.deliveries.register.close(delivery.record, end.as_str()).log();
-        });
+        let record = common.register.open(client, cursor.whereabouts());
+        let opening = opening_bytes(opening, common.retry());
+        let expiry = expires.map(|expires| Expiry::new(expires, common.expiry_warning));
+        let stream = Stream::new(common, socket, opening, cursor, record, expiry, (self.slot, self.place));
+        let porter = next_porter.fetch_add(1, Ordering::Relaxed) % porters.len();
+        if let Err(mpsc::error::SendError(stream)) = porters[porter].send(stream) {
+            stream.end(End::Cut, common);
+        }
         Ok(())
     }
 }

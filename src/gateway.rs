@@ -55,7 +55,7 @@ pub struct Gateway {
     cors: watch::Sender<Cors>,
     deliveries: Deliveries,
     draining: CancellationToken,
-    hub_tasks: Tasks,
+    tasks: Tasks,
     servers: Servers,
 }
 
@@ -127,7 +127,7 @@ impl Gateway {
         } else {
             Arc::new(Nats::connect(&config.nats, &config.history, config.limits.event_bytes).await?)
         };
-        let hub_tasks = Tasks::new(Handle::current());
+        let tasks = Tasks::new(Handle::current());
         let settings = hub::Settings {
             feed: config.feed.clone(),
             history: config.history.clone(),
@@ -136,10 +136,10 @@ impl Gateway {
             #[cfg(test)]
             trusts_hints: false,
         };
-        let hub = Hub::start(broker.clone(), settings, metrics.clone(), hub_tasks.clone());
+        let hub = Hub::start(broker.clone(), settings, metrics.clone(), tasks.clone());
         let (leaving, draining) = (CancellationToken::new(), CancellationToken::new());
         let limits = watch::Sender::new(config.limits.clone());
-        let deliveries = Deliveries::new(&config, limits.subscribe(), metrics.clone(), Tasks::new(Handle::current()));
+        let deliveries = Deliveries::new(&config, limits.subscribe(), metrics.clone(), tasks.clone());
         let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
         let (access, is_open) = (auth.describe(), auth.is_open());
         let shares = Limits::new(&config.limits);
@@ -178,7 +178,7 @@ impl Gateway {
             cors,
             deliveries,
             draining,
-            hub_tasks,
+            tasks,
             servers,
         })
     }
@@ -231,7 +231,7 @@ impl Gateway {
             self.servers.public.stop(false).await;
         }
         self.servers.admin.stop(false).await;
-        self.hub_tasks.end().await;
+        self.tasks.end().await;
         self.auth_tasks.end().await;
     }
 }

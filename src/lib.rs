@@ -17,7 +17,7 @@
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
 //! | [`http`] | the URL space, requests and problems; hands sockets over | auth, limits, delivery, hub, broker, sse |
 //! | [`auth`] | who somebody is, and what they may do | subject |
-//! | [`delivery`] | the lean task that writes one stream to one socket | limits, hub, sse |
+//! | [`delivery`] | the streams: writes what their cursors yield to their sockets | limits, hub, sse |
 //! | [`limits`] | how much one address or principal may ask for | |
 //! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
 //! | [`broker`] | the one trait, and its two implementations | event |
@@ -28,7 +28,7 @@
 //! | [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
-//! `hub` because a task pulls from its cursor, and nothing is ever pushed at it.
+//! `hub` because a stream pulls from its cursor, and nothing is ever pushed at it.
 //!
 //! # Invariants
 //!
@@ -49,7 +49,8 @@
 //! a [`subject::Subject`] is one, and allowed. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
 //! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that
 //! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from U to see what it has
-//! missed. Each reader's [`hub::Cursor`] takes the frame, and its `delivery` task writes it.
+//! missed. The porter of each reader's stream ([`delivery`]) has its
+//! [`hub::Cursor`] take the frame, and writes it.
 //!
 //! # Walkthrough: a reconnect
 //!

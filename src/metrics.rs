@@ -52,7 +52,7 @@ metrics! {
     streams_limit: IntGauge("tidegate_streams_limit", "Streams that may be open: limits.streams.");
     streams_behind: IntGauge("tidegate_streams_behind", "Streams that are served from history now.");
     streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by how they began.", ["start": "new", "resumed", "gap"]);
-    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "write-failed", "drained", "cut", "aged", "token-expired"]);
+    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "write-failed", "drained", "cut", "aged", "token-expired", "failed"]);
     feeds: IntGauge("tidegate_feeds", "Feeds (distinct filters) that are kept now.");
     events_received: IntCounter("tidegate_events_received_total", "Events that came from the broker, counted for each feed.");
     events_delivered: IntCounter("tidegate_events_delivered_total", "Events written to clients, counted for each client.");

@@ -43,11 +43,6 @@ impl Tasks {
         Ending(AbortOnDropHandle::new(self.tracker.spawn_on(task, &self.runtime)))
     }
 
-    /// Runs `task`, which watches over its own end, until it returns.
-    pub fn spawn_uncut(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.tracker.spawn_on(task, &self.runtime);
-    }
-
     /// While this is kept, sockets that the current thread makes belong to the runtime of these tasks.
     pub fn enter(&self) -> tokio::runtime::EnterGuard<'_> {
         self.runtime.enter()

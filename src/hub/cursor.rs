@@ -10,13 +10,14 @@
 //! handed over once: it is skipped at a place if another filter that matches it stands at or past it. Frames come from
 //! one place at a time, so that they can be given back.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
+};
 
 use bytes::Bytes;
-use futures_util::{
-    FutureExt,
-    future::{BoxFuture, select_all},
-};
+use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
 
 use super::{
@@ -47,8 +48,9 @@ pub struct Cursor {
     /// The place that the last frames came from.
     turn: usize,
     standing: Standing,
-    /// What is being fetched. Kept here, so that [`Cursor::next`] can be dropped and called again.
     fetching: Option<BoxFuture<'static, Fetched>>,
+    /// Who is woken when one of the feeds moves.
+    listener: Option<Waker>,
 }
 
 /// Whether a client gets events as they come.
@@ -63,8 +65,6 @@ enum Standing {
 /// A place in one feed.
 pub(super) struct Place {
     pub reader: Reader,
-    /// The feed's moves when it was last looked at.
-    seen: u64,
     tag: Tag,
     /// Everything up to here has been handed over, or is known not to exist.
     pub position: u64,
@@ -104,16 +104,11 @@ enum Fetched {
 
 impl Place {
     pub(super) fn new(reader: Reader, position: u64) -> Place {
-        Place { seen: 0, tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
+        Place { tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
     }
 
     pub(super) fn tag(reader: &Reader) -> Tag {
         Tag::of(&reader.feed.filter)
-    }
-
-    /// Resolves when there may be something that has not been looked at.
-    async fn moved(&self) {
-        self.reader.feed.moved_after(self.seen).await;
     }
 
     /// How far its reader may say that it is.
@@ -122,17 +117,9 @@ impl Place {
     }
 }
 
-async fn wait_at_several(fetching: &mut Option<BoxFuture<'static, Fetched>>, places: &[Place]) -> Option<Fetched> {
-    let moved = select_all(places.iter().map(|place| Box::pin(place.moved())));
-    let fetched = async {
-        match fetching {
-            Some(fetching) => fetching.await,
-            None => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        fetched = fetched => Some(fetched),
-        _ = moved => None,
+impl Drop for Cursor {
+    fn drop(&mut self) {
+        self.listen_no_more();
     }
 }
 
@@ -155,24 +142,47 @@ impl Cursor {
             turn: 0,
             standing: Standing::New,
             fetching: None,
+            listener: None,
         }
     }
 
-    /// Waits for the next frames: at least one, and at most a write's worth, unless a single one is larger.
+    /// The next frames: at least one, and at most a write's worth, unless a single one is larger.
     ///
-    /// May be dropped at any await and called again; nothing is lost or repeated.
-    pub async fn next(&mut self) -> Vec<Frame> {
+    /// Pending, the waker is woken as often as there may be some: it stays known to the feeds, so that a poll for each
+    /// event costs no more than looking.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Vec<Frame>> {
         loop {
+            // Before looking, so that what moves after the look wakes.
+            self.listen(cx.waker());
             let frames = self.take();
             if !frames.is_empty() {
-                return frames;
+                return Poll::Ready(frames);
             }
-            if let Some(fetched) = self.wait().await {
-                self.fetching = None;
-                if let Some(gap) = self.arrive(fetched) {
-                    return vec![gap];
-                }
+            let Some(fetching) = &mut self.fetching else { return Poll::Pending };
+            let fetched = ready!(fetching.poll_unpin(cx));
+            self.fetching = None;
+            if let Some(gap) = self.arrive(fetched) {
+                return Poll::Ready(vec![gap]);
             }
+        }
+    }
+
+    /// Waits for the next frames. May be dropped at any await and called again; nothing is lost or repeated.
+    pub async fn next(&mut self) -> Vec<Frame> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn listen(&mut self, listener: &Waker) {
+        if self.listener.as_ref().is_none_or(|known| !known.will_wake(listener)) {
+            self.listen_no_more();
+            self.places.iter().for_each(|place| place.reader.feed.listen(listener));
+            self.listener = Some(listener.clone());
+        }
+    }
+
+    fn listen_no_more(&mut self) {
+        if let Some(listener) = self.listener.take() {
+            self.places.iter().for_each(|place| place.reader.feed.listen_no_more(&listener));
         }
     }
 
@@ -190,8 +200,8 @@ impl Cursor {
         self.places.iter_mut().for_each(|place| place.ahead = Ahead::default());
     }
 
-    /// Lets go of what is being fetched, because [`Cursor::next`] will not be called for a while: others wait for the same
-    /// page, or for a turn to read another. It is fetched anew then.
+    /// Lets go of what is being fetched, because [`Cursor::poll_next`] will not be called for a while: others wait for
+    /// the same page, or for a turn to read another. It is fetched anew then.
     pub fn let_go(&mut self) {
         self.fetching = None;
     }
@@ -248,9 +258,6 @@ impl Cursor {
         let count = self.places.len();
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
-            // Seen before looking, so that what moves after the look wakes us.
-            let place = &mut self.places[number];
-            place.seen = place.reader.feed.moves();
             while let Some(Passage { blocks, stored, .. }) = self.take_at(number) {
                 if !blocks.is_empty() {
                     self.turn = number;
@@ -317,7 +324,11 @@ impl Cursor {
                     self.fetching = Some(self.read_history(number));
                 }
             }
-            Take::Closed => self.fetching = Some(self.resume()),
+            Take::Closed => {
+                if self.fetching.is_none() {
+                    self.fetching = Some(self.resume());
+                }
+            }
         }
         None
     }
@@ -382,25 +393,11 @@ impl Cursor {
         blocks.into_iter().map(frame).collect()
     }
 
-    /// Waits until there may be something to take, or what is being fetched has arrived.
-    async fn wait(&mut self) -> Option<Fetched> {
-        match (&mut self.fetching, &mut *self.places) {
-            // Nothing is looked at, and so no move is seen, before a snapshot is over.
-            (Some(fetching), _) if self.snapshot.is_some() => Some(fetching.await),
-            (Some(fetching), [_]) => Some(fetching.await),
-            (None, [only]) => {
-                only.moved().await;
-                None
-            }
-            // Boxed, because it is large, and most clients have one filter.
-            (fetching, several) => Box::pin(wait_at_several(fetching, several)).await,
-        }
-    }
-
     /// Takes over what was fetched. A gap goes alone, so that nothing after it is ever given back across it.
     fn arrive(&mut self, fetched: Fetched) -> Option<Frame> {
         match fetched {
             Fetched::Moved(Found { epoch, places, gap, snapshot: _ }) => {
+                self.listen_no_more();
                 (self.epoch, self.places, self.turn) = (epoch, places, 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
             }

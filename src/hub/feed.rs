@@ -24,15 +24,13 @@
 
 use std::{
     collections::VecDeque,
-    sync::{
-        Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, Weak},
+    task::Waker,
     time::Duration,
 };
 
 use futures_util::{FutureExt, StreamExt};
-use tokio::sync::{Notify, OnceCell};
+use tokio::sync::OnceCell;
 
 use super::{
     Hub,
@@ -61,9 +59,8 @@ pub(super) struct Feed {
     readers: Readers,
     start: OnceCell<Started>,
     state: Mutex<State>,
-    /// Counts the occasions on which readers had something to look at.
-    moves: AtomicU64,
-    moved: Notify,
+    /// Who is woken when readers have something to look at, in the order of their addresses.
+    listeners: Mutex<Vec<Waker>>,
 }
 
 struct Started {
@@ -223,8 +220,7 @@ impl Feed {
             readers: Readers::default(),
             start: OnceCell::new(),
             state: Mutex::default(),
-            moves: AtomicU64::new(0),
-            moved: Notify::new(),
+            listeners: Mutex::default(),
         }
     }
 
@@ -236,25 +232,27 @@ impl Feed {
         self.start.get().expect("a feed is read only once it has started").epoch
     }
 
-    /// Tells one move from the next.
-    pub(super) fn moves(&self) -> u64 {
-        self.moves.load(Ordering::Acquire)
+    /// Wakes `listener` whenever the feed moves from now on, as often as it was said.
+    pub(super) fn listen(&self, listener: &Waker) {
+        let mut listeners = self.listeners();
+        let at = listeners.partition_point(|known| known.data() < listener.data());
+        listeners.insert(at, listener.clone());
     }
 
-    /// Resolves once there was a move after those that had been `seen`.
-    pub(super) async fn moved_after(&self, seen: u64) {
-        let moved = self.moved.notified();
-        tokio::pin!(moved);
-        // Registered before looking, so that a move in between wakes us.
-        moved.as_mut().enable();
-        if self.moves() == seen {
-            moved.await;
+    pub(super) fn listen_no_more(&self, listener: &Waker) {
+        let mut listeners = self.listeners();
+        let at = listeners.partition_point(|known| known.data() < listener.data());
+        if listeners.get(at).is_some_and(|known| known.data() == listener.data()) {
+            listeners.remove(at);
         }
     }
 
+    fn listeners(&self) -> MutexGuard<'_, Vec<Waker>> {
+        self.listeners.lock().expect("no panic happens while listeners are held")
+    }
+
     fn wake_readers(&self) {
-        self.moves.fetch_add(1, Ordering::AcqRel);
-        self.moved.notify_waiters();
+        self.listeners().iter().for_each(Waker::wake_by_ref);
     }
 
     pub(super) fn proven(&self) -> u64 {

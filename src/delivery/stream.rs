@@ -1,0 +1,458 @@
+//! One client's stream: what is written to its socket, and when that ends.
+//!
+//! The response's head has been written before (see `http::connection`); from here on there are only plain bytes, the
+//! same for everyone. Each function does what can be done now and returns: a stream waits for its feeds (its waker), for
+//! its socket, and for the moment at which it is [`Stream::due`], all at once.
+//!
+//! A client that reads slowly is written to when its socket has room; what waits for it waits in the feed or in history,
+//! never here: at most one frame that has been begun.
+
+use std::{
+    collections::VecDeque,
+    io::{self, IoSlice},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use jiff::Timestamp;
+use rand::RngExt;
+use tokio::{net::TcpStream, time::Instant};
+
+use super::{Common, Record, Slot, peer};
+use crate::{
+    hub::{Cursor, Frame, jittered},
+    limits::Place,
+    sse,
+};
+
+/// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// Bytes that a client may send after its request, all ignored, before it is taken for broken.
+const UNASKED_BYTES_MAX: u32 = 64 * 1024;
+/// Frames that one write carries at most; the kernel takes 1,024 pieces.
+const PIECES_MAX: usize = 64;
+
+/// Why a stream has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    ClientClosed,
+    /// It acknowledged nothing for two heartbeats.
+    ClientGone,
+    /// It is there, and has taken nothing for longer than is allowed.
+    Stalled,
+    WriteFailed,
+    Drained,
+    /// Drained while its client did not read: within a frame, after which nothing may be written.
+    Cut,
+    /// It has lived for as long as a stream may.
+    Aged,
+    /// The client's token has expired.
+    Expired,
+    /// So it has, while the client did not read.
+    ExpiredUnread,
+    /// By a defect of this gateway, which has been logged.
+    Failed,
+}
+
+pub(super) struct Stream {
+    socket: TcpStream,
+    cursor: Cursor,
+    record: Arc<Record>,
+    /// What the socket had no room for.
+    held: Option<Box<Held>>,
+    written_at: Instant,
+    /// The next heartbeat; of a stream that drains, its end.
+    beat_at: Instant,
+    drains: bool,
+    unasked_bytes: u32,
+    /// In seconds since [`Common::began`]: an instant would take four times as much of every stream.
+    ages_at: u32,
+    expiry: Option<Box<Expiry>>,
+    _slot: Slot,
+    _place: Place,
+}
+
+/// What waits for room in the socket.
+struct Held {
+    words: Words,
+    /// When the client last took something.
+    since: Instant,
+    /// Whether nothing but what had been begun is held any more.
+    is_least: bool,
+    look_at: Instant,
+    cut_at: Option<Instant>,
+}
+
+/// What is being written.
+enum Words {
+    Plain(Bytes),
+    Frames(VecDeque<Frame>),
+}
+
+/// The end of a client's right to its stream, where that has one.
+pub(super) struct Expiry {
+    expires: Timestamp,
+    warn_at: Instant,
+    at: Instant,
+    warned: bool,
+}
+
+impl Expiry {
+    pub fn new(expires: Timestamp, warning: Duration) -> Expiry {
+        let now = Instant::now();
+        let left = Duration::try_from(expires.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
+        Expiry { expires, warn_at: now + left.saturating_sub(warning), at: now + left, warned: warning.is_zero() }
+    }
+
+    /// When there is something to do about it.
+    fn next(&self) -> Instant {
+        if self.warned { self.at } else { self.warn_at }
+    }
+}
+
+impl Stream {
+    /// A stream that has written nothing yet, and will begin with `opening`.
+    pub fn new(
+        common: &Common,
+        socket: TcpStream,
+        opening: Bytes,
+        cursor: Cursor,
+        record: Arc<Record>,
+        expiry: Option<Expiry>,
+        (slot, place): (Slot, Place),
+    ) -> Stream {
+        common.metrics.streams.inc();
+        let now = Instant::now();
+        Stream {
+            socket,
+            cursor,
+            record,
+            held: Some(Box::new(Held::new(Words::Plain(opening), now, common))),
+            written_at: now,
+            beat_at: now + jittered(common.sse.heartbeat),
+            drains: false,
+            unasked_bytes: 0,
+            ages_at: common.end_of_a_life(),
+            expiry: expiry.map(Box::new),
+            _slot: slot,
+            _place: place,
+        }
+    }
+
+    /// When it has something to do, whatever happens until then.
+    pub fn due(&self, common: &Common) -> Instant {
+        let flowing = || self.expiry.as_ref().map_or(self.beat_at, |expiry| self.beat_at.min(expiry.next()));
+        let held = |held: &Held| {
+            let stalls = Some(held.since + common.limits.borrow().stall);
+            let patience = (!held.is_least).then_some(held.since + PATIENCE);
+            let expires = self.expiry.as_ref().map(|expiry| expiry.at);
+            [stalls, patience, expires, held.cut_at].into_iter().flatten().fold(held.look_at, Instant::min)
+        };
+        self.held.as_deref().map_or_else(flowing, held)
+    }
+
+    /// Does what is due.
+    pub fn act(&mut self, common: &Common, _: &mut Context<'_>) -> Result<(), End> {
+        let now = Instant::now();
+        if self.held.is_some() {
+            self.wait_on(common, now)
+        } else if self.expiry.as_ref().is_some_and(|expiry| expiry.next() <= now) {
+            self.expire(common)
+        } else if self.beat_at <= now {
+            self.beat(common)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Does all that can be done now: ignores what its client sends, writes on where the socket has room again, and takes
+    /// and writes what there is for the client.
+    pub fn serve(&mut self, common: &Common, cx: &mut Context<'_>) -> Result<(), End> {
+        self.ignore(cx)?;
+        loop {
+            if self.held.is_some() {
+                match self.socket.poll_write_ready(cx) {
+                    Poll::Ready(_) => self.go_on(common)?,
+                    Poll::Pending => return Ok(()),
+                }
+            } else {
+                let Poll::Ready(frames) = self.cursor.poll_next(cx) else { return Ok(()) };
+                self.write(common, Words::Frames(frames.into()))?;
+                self.written_at = Instant::now();
+            }
+        }
+    }
+
+    /// Reads what its client sends, up to a bound, and finds out whether it has closed.
+    fn ignore(&mut self, cx: &mut Context<'_>) -> Result<(), End> {
+        while let Poll::Ready(ready) = self.socket.poll_read_ready(cx) {
+            let mut ignored = [0; 512];
+            match ready.and_then(|()| self.socket.try_read(&mut ignored)) {
+                Ok(0) => return Err(End::ClientClosed),
+                Ok(read) => self.unasked_bytes += read as u32,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(End::ClientClosed),
+            }
+            if self.unasked_bytes > UNASKED_BYTES_MAX {
+                return Err(End::ClientClosed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is held, as the socket has room.
+    fn go_on(&mut self, common: &Common) -> Result<(), End> {
+        let Some(mut held) = self.held.take() else { return Ok(()) };
+        match self.write_some(common, &mut held.words)? {
+            Wrote::All if held.cut_at.is_some() && !self.drains => self.leave_later(common),
+            Wrote::All => {}
+            Wrote::Some => {
+                held.since = Instant::now();
+                self.held = Some(held);
+            }
+            Wrote::Nothing => self.held = Some(held),
+        }
+        Ok(())
+    }
+
+    /// Is to end at a moment of its own; if its client does not read, when the time for that is over.
+    pub fn drain(&mut self, common: &Common, _: &mut Context<'_>) -> Result<(), End> {
+        match &mut self.held {
+            // It may not read again within the time that is left. What it lacks it will ask for.
+            Some(held) => held.cut_at = Some(Instant::now() + common.drain.spread),
+            None => self.leave_later(common),
+        }
+        Ok(())
+    }
+
+    fn leave_later(&mut self, common: &Common) {
+        self.drains = true;
+        self.beat_at = Instant::now() + common.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
+    }
+
+    /// Says why it ends, where its client is to know, and lets go of everything.
+    pub fn end(self, end: End, common: &Common) {
+        let farewell = match end {
+            End::Drained => Some((common.retry(), "this node is going away, please reconnect")),
+            End::Aged => Some((common.retry() / 10, "to spread the load, please reconnect")),
+            End::Expired => Some((common.retry(), "the token has expired, please reconnect with a fresh one")),
+            End::ClientClosed
+            | End::ClientGone
+            | End::Stalled
+            | End::WriteFailed
+            | End::Cut
+            | End::ExpiredUnread
+            | End::Failed => None,
+        };
+        if let Some((retry, why)) = farewell {
+            let _ = self.socket.try_write(&sse::farewell(retry, why));
+        }
+        let Stream { record, socket, cursor, _slot, _place, .. } = self;
+        // Before the metric says so, there is room for another.
+        drop((socket, cursor, _slot, _place));
+        common.metrics.streams.dec();
+        common.metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
+        common.register.close(record, end.as_str()).log();
+    }
+
+    /// Warns of the token's end, or ends at it.
+    fn expire(&mut self, common: &Common) -> Result<(), End> {
+        let Some(expiry) = &mut self.expiry else { return Ok(()) };
+        if std::mem::replace(&mut expiry.warned, true) {
+            return Err(End::Expired);
+        }
+        let warning = sse::token_expiring(expiry.expires);
+        self.write(common, Words::Plain(warning))
+    }
+
+    fn beat(&mut self, common: &Common) -> Result<(), End> {
+        if self.drains {
+            return Err(End::Drained);
+        }
+        if common.age() >= self.ages_at {
+            return Err(End::Aged);
+        }
+        self.check_peer(common)?;
+        let heartbeat = common.sse.heartbeat;
+        let mut next = jittered(heartbeat);
+        // Looked at here and not at every write, which would cost each event a turn of the timer.
+        let quiet = self.written_at.elapsed();
+        if quiet < heartbeat / 2 {
+            next = next.saturating_sub(quiet);
+        } else if let Some(id) = self.cursor.quiet_position() {
+            self.write(common, Words::Plain(sse::position(&id)))?;
+            self.cursor.tell(&self.record.whereabouts, u64::MAX);
+        } else {
+            self.write(common, Words::Plain(Bytes::from_static(sse::HEARTBEAT)))?;
+        }
+        self.beat_at = Instant::now() + next;
+        Ok(())
+    }
+
+    /// Has waited for room until `now`.
+    fn wait_on(&mut self, common: &Common, now: Instant) -> Result<(), End> {
+        let Some(held) = &mut self.held else { return Ok(()) };
+        if held.cut_at.is_some_and(|at| at <= now) {
+            return Err(End::Cut);
+        }
+        if self.expiry.as_ref().is_some_and(|expiry| expiry.at <= now) {
+            return Err(End::ExpiredUnread);
+        }
+        if held.since + common.limits.borrow().stall <= now {
+            return Err(End::Stalled);
+        }
+        if !held.is_least && held.since + PATIENCE <= now {
+            held.is_least = true;
+            if let Words::Frames(frames) = &mut held.words {
+                frames.truncate(1);
+                self.cursor.give_back_after(frames[0].sequence);
+            }
+        }
+        if held.look_at <= now {
+            held.look_at = now + common.sse.heartbeat;
+            self.check_peer(common)?;
+        }
+        Ok(())
+    }
+
+    /// Writes, and holds what there is no room for.
+    fn write(&mut self, common: &Common, mut words: Words) -> Result<(), End> {
+        if !matches!(self.write_some(common, &mut words)?, Wrote::All) {
+            if let Words::Plain(_) = words {
+                self.cursor.let_go();
+            }
+            self.held = Some(Box::new(Held::new(words, Instant::now(), common)));
+        }
+        Ok(())
+    }
+
+    /// Writes as much as there is room for, and takes it off `words`.
+    fn write_some(&mut self, common: &Common, words: &mut Words) -> Result<Wrote, End> {
+        let mut wrote = Wrote::Nothing;
+        while !words.is_empty() {
+            match words.write_to(&self.socket) {
+                Ok(written) => {
+                    wrote = Wrote::Some;
+                    let metrics = &common.metrics;
+                    metrics.bytes_delivered.inc_by(written as u64);
+                    metrics.writes.inc_by(u64::from(matches!(words, Words::Frames(_))));
+                    let Whole { count, reached, newest_stored } = words.take_off(written);
+                    metrics.events_delivered.inc_by(count);
+                    self.record.wrote(count, written);
+                    if let Some(reached) = reached {
+                        self.cursor.tell(&self.record.whereabouts, reached);
+                    }
+                    if let Some(stored) = newest_stored {
+                        metrics.delivery_seconds.observe(seconds_since(stored));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(wrote),
+                Err(_) => return Err(End::WriteFailed),
+            }
+        }
+        Ok(Wrote::All)
+    }
+
+    fn check_peer(&self, common: &Common) -> Result<(), End> {
+        if peer::is_gone(&self.socket, 2 * common.sse.heartbeat) { Err(End::ClientGone) } else { Ok(()) }
+    }
+}
+
+/// How much the socket had room for.
+enum Wrote {
+    Nothing,
+    Some,
+    All,
+}
+
+impl Held {
+    fn new(words: Words, since: Instant, common: &Common) -> Held {
+        let is_least = matches!(words, Words::Plain(_));
+        let cut_at = common.draining.is_cancelled().then_some(since + common.drain.spread);
+        Held { words, since, is_least, look_at: since + common.sse.heartbeat, cut_at }
+    }
+}
+
+/// The frames that were written to their end.
+#[derive(Default)]
+struct Whole {
+    count: u64,
+    /// The sequence of the last of them.
+    reached: Option<u64>,
+    newest_stored: Option<Timestamp>,
+}
+
+impl Words {
+    fn is_empty(&self) -> bool {
+        match self {
+            Words::Plain(bytes) => bytes.is_empty(),
+            Words::Frames(frames) => frames.is_empty(),
+        }
+    }
+
+    fn write_to(&self, socket: &TcpStream) -> io::Result<usize> {
+        match self {
+            Words::Plain(bytes) => socket.try_write(bytes),
+            // Most often there is one.
+            Words::Frames(frames) if frames.len() == 1 && frames[0].id_line.is_empty() => {
+                socket.try_write(&frames[0].block)
+            }
+            Words::Frames(frames) => {
+                let pieces = frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]);
+                let pieces = pieces.filter(|piece| !piece.is_empty()).take(PIECES_MAX);
+                let pieces: Vec<_> = pieces.map(|piece| IoSlice::new(piece)).collect();
+                socket.try_write_vectored(&pieces)
+            }
+        }
+    }
+
+    /// Takes what was written off the front.
+    fn take_off(&mut self, mut written: usize) -> Whole {
+        let mut whole = Whole::default();
+        let frames = match self {
+            Words::Plain(bytes) => {
+                bytes.advance(written);
+                return whole;
+            }
+            Words::Frames(frames) => frames,
+        };
+        while let Some(frame) = frames.front_mut() {
+            for piece in [&mut frame.id_line, &mut frame.block] {
+                let part = piece.len().min(written);
+                piece.advance(part);
+                written -= part;
+            }
+            if !frame.block.is_empty() {
+                break;
+            }
+            whole.count += 1;
+            whole.reached = Some(frame.sequence);
+            whole.newest_stored = frame.stored.or(whole.newest_stored);
+            frames.pop_front();
+        }
+        whole
+    }
+}
+
+/// By two clocks: the broker's and this node's.
+fn seconds_since(stored: Timestamp) -> f64 {
+    Timestamp::now().duration_since(stored).as_secs_f64().max(0.0)
+}
+
+impl End {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            End::ClientClosed => "client-closed",
+            End::ClientGone => "client-gone",
+            End::Stalled => "stalled",
+            End::WriteFailed => "write-failed",
+            End::Drained => "drained",
+            End::Cut => "cut",
+            End::Aged => "aged",
+            End::Expired | End::ExpiredUnread => "token-expired",
+            End::Failed => "failed",
+        }
+    }
+}
