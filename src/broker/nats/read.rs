@@ -26,8 +26,6 @@ const TIME_MAX: Timestamp = Timestamp::constant(7_258_118_400, 0);
 const ATTEMPTS: usize = 3;
 /// How many messages the leader is asked for, one by one, where a replica fails.
 const ONE_BY_ONE: usize = 16;
-/// How far from the oldest kept event, in sequences, a replica may have dropped what the leader has not.
-const OLD_END: u64 = 10_000;
 /// How often, and how far apart, a leader is asked that is behind a replica. It is never for long.
 const LEADER_TRIES: usize = 50;
 const LEADER_PAUSE: Duration = Duration::from_millis(10);
@@ -85,6 +83,7 @@ impl History {
         };
 
         let proven = events.last().map_or(start, |event| event.sequence);
+        self.wait_for_leader_to_drop(&events, start, &filter).await?;
         let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
         let mut page = Page { epoch: bounds.epoch, start, first: bounds.first, events, proven, more: false };
         let leader_goes_on = match end {
@@ -105,7 +104,6 @@ impl History {
                 0
             }
         };
-        page.first = self.oldest_of(&page, &filter).await?;
         if leader_goes_on > 0 && proven < bounds.last {
             self.go_on(&mut page, &filter, bounds.last, leader_goes_on).await?;
         }
@@ -158,19 +156,20 @@ impl History {
         Ok(())
     }
 
-    /// The oldest sequence that was spared where a page was read. Limits take hold on each replica at its own time: near
-    /// the old end, one may have dropped what the leader still has. Then what the leader keeps is not what was read.
-    async fn oldest_of(&self, page: &Page, filter: &str) -> Result<u64, BrokerError> {
-        let from = page.first.max(page.start.saturating_add(1));
-        let oldest = page.events.iter().map(|event| event.sequence).find(|sequence| *sequence >= from);
-        let is_near = page.first > 1 && from < page.first.saturating_add(OLD_END);
-        match oldest {
-            Some(oldest) if is_near && oldest > from => {
-                let found = self.leader.next(from, filter).await?;
-                Ok(if found.is_some_and(|found| found.sequence < oldest) { oldest } else { page.first })
+    /// Limits and purges take hold on each replica at its own time: the one that was read may have dropped what the
+    /// leader still has. Waits until the leader has nothing before what was shown, either: asked after that, it says
+    /// whether something was dropped there.
+    async fn wait_for_leader_to_drop(&self, shown: &[Event], start: u64, filter: &str) -> Result<(), BrokerError> {
+        let Some(oldest) = shown.first().map(|event| event.sequence).filter(|oldest| *oldest > start + 1) else {
+            return Ok(());
+        };
+        for _ in 0..LEADER_TRIES {
+            match self.leader.next(start + 1, filter).await? {
+                Some(found) if found.sequence < oldest => tokio::time::sleep(LEADER_PAUSE).await,
+                Some(_) | None => return Ok(()),
             }
-            Some(_) | None => Ok(page.first),
         }
+        Err(BrokerError::Unavailable(format!("the stream's leader keeps what a replica has dropped before {oldest}")))
     }
 
     /// The stream as the leader knows it once it has stored `sequence`, which a replica has shown.
