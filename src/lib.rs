@@ -25,7 +25,7 @@
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`descriptors`] | how many files the system allows, and limits that fit | config |
-//! | [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
+//! | [`backoff`], [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
 //! `hub` because a stream pulls from its cursor, and nothing is ever pushed at it.
@@ -60,6 +60,7 @@
 //! stream has dropped what follows 1042, a page says so by its `first`, and the client is told a `tidegate.gap`.
 
 pub mod auth;
+pub mod backoff;
 pub mod broker;
 pub mod config;
 pub mod delivery;

@@ -3,8 +3,6 @@
 //! Bounded as a whole by events, bytes and age, oldest out first, as a JetStream stream is, so that what is missing is
 //! always a prefix; only a sender's TTL removes single events. Every start is a new epoch.
 
-mod mailbox;
-
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
@@ -16,10 +14,10 @@ use futures_util::FutureExt;
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 
-use self::mailbox::{Mailbox, Received};
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, Condition, From, Health, Hint, Hints, LastKnown, Page, Publication,
     Publish, PublishError, Published, Read, SnapshotPage, SnapshotRead,
+    mailbox::{Mailbox, Received},
 };
 use crate::{
     config,
@@ -29,6 +27,8 @@ use crate::{
 
 /// Events that one read looks at while it holds the log, for a filter with wildcards that few of them match.
 const SCAN_MAX: usize = 10_000;
+/// Hints that wait for one listener. One that falls further behind reads what it missed.
+const HINTS_MAX: usize = 1024;
 /// What an event takes beside its payload and subject: the maps' entries and their slack.
 const EVENT_OVERHEAD_BYTES: usize = 200;
 
@@ -175,7 +175,7 @@ impl Publish for Embedded {
 #[async_trait]
 impl Broker for Embedded {
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
-        let mailbox = Arc::new(Mailbox::default());
+        let mailbox = Arc::new(Mailbox::new(HINTS_MAX));
         let mut log = self.log();
         log.listeners_ever += 1;
         let number = log.listeners_ever;

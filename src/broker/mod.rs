@@ -6,6 +6,7 @@
 //! `hub` proves each of them, or reads.
 
 pub mod embedded;
+mod mailbox;
 pub mod nats;
 
 use std::{pin::Pin, sync::Arc, time::Duration};

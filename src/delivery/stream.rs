@@ -22,7 +22,8 @@ use tokio::{net::TcpStream, time::Instant};
 
 use super::{Common, Record, Slot, peer};
 use crate::{
-    hub::{Cursor, Frame, jittered},
+    backoff::jittered,
+    hub::{Cursor, Frame},
     limits::Place,
     sse,
 };

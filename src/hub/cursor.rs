@@ -22,7 +22,6 @@ use jiff::Timestamp;
 
 use super::{
     Hub,
-    backoff::Backoff,
     feed::{Reader, Take},
     log::Passage,
     pages::{Ahead, SharedPage},
@@ -30,6 +29,7 @@ use super::{
     whereabouts::Whereabouts,
 };
 use crate::{
+    backoff::Backoff,
     broker::{SnapshotPage, SnapshotRead},
     event::{Epoch, Event, EventId},
     metrics::Counted,
@@ -448,7 +448,7 @@ impl Cursor {
         let filter = self.places[number].reader.feed.filter.clone();
         let (epoch, after) = (self.epoch, self.places[number].position);
         async move {
-            let mut backoff = Backoff::new();
+            let mut backoff = Backoff::default();
             loop {
                 match hub.read_shared(epoch, &filter, after).await {
                     Ok(page) => return Fetched::Page(number, page),
@@ -466,7 +466,7 @@ impl Cursor {
         let snapshot = self.snapshot.as_ref().expect("a page is read only during a snapshot");
         let read = SnapshotRead { filters, after: snapshot.position, as_of: Some(snapshot.as_of) };
         async move {
-            let mut backoff = Backoff::new();
+            let mut backoff = Backoff::default();
             loop {
                 match hub.read_snapshot(read.clone()).await {
                     Ok(page) => return Fetched::SnapshotPage(page),
@@ -483,7 +483,7 @@ impl Cursor {
         let filters: Vec<_> = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
         let position = self.position();
         async move {
-            let mut backoff = Backoff::new();
+            let mut backoff = Backoff::default();
             loop {
                 match resume::after(&hub, &filters, position.clone(), StartAt::Now).await {
                     Ok(found) => return Fetched::Moved(found),

@@ -34,11 +34,11 @@ use tokio::sync::OnceCell;
 
 use super::{
     Hub,
-    backoff::Backoff,
     log::{Content, Doubt, Log, Passage},
     shelf::Readers,
 };
 use crate::{
+    backoff::Backoff,
     broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
     event::{Epoch, EventId},
     shutdown::Ending,
@@ -195,7 +195,7 @@ async fn listen(feed: Weak<Feed>, hub: Hub, hints: Hints) {
 }
 
 async fn listen_again(feed: &Weak<Feed>, hub: &Hub) -> Option<Hints> {
-    let mut backoff = Backoff::new();
+    let mut backoff = Backoff::default();
     loop {
         backoff.wait().await;
         let filter = feed.upgrade()?.filter.clone();
@@ -401,7 +401,7 @@ impl Feed {
 
     /// Reads from the proven position up to `until`, or until nothing is left. The answer to every doubt.
     async fn repair(self: &Arc<Feed>, hub: &Hub, until: Option<u64>) {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::default();
         let mut tries = 0;
         while !self.is_closed() {
             let from = From::After(self.proven());

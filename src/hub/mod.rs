@@ -5,7 +5,6 @@
 //! broker history <---- repair ----'     <- Pages <- catch-up'   (read once for all who come to the same place)
 //! ```
 
-mod backoff;
 mod cursor;
 mod feed;
 mod log;
@@ -18,24 +17,23 @@ mod shelf;
 mod tests;
 mod whereabouts;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use rand::RngExt;
 use tokio::sync::Semaphore;
 
-use self::{
-    backoff::Backoff,
-    feed::{Feed, Reader},
-    pages::{Pages, SharedPage},
-    shelf::{Forgotten, Shelf},
-};
 pub use self::{
     cursor::{Cursor, Frame},
     feed::Seen as FeedSeen,
     resume::{Opening, Start, StartAt},
     whereabouts::Whereabouts,
 };
+use self::{
+    feed::{Feed, Reader},
+    pages::{Pages, SharedPage},
+    shelf::{Forgotten, Shelf},
+};
 use crate::{
+    backoff::{Backoff, jittered},
     broker::{Bounds, BrokerError, From, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
     config,
     event::{Epoch, Event},
@@ -223,7 +221,7 @@ impl Hub {
                 Ok(()) = doubts.changed() => {}
             }
             self.0.pages.tidy();
-            let mut backoff = Backoff::new();
+            let mut backoff = Backoff::default();
             while let Err(error) = self.audit().await {
                 tracing::debug!(%error, "audit put off");
                 backoff.wait().await;
@@ -246,7 +244,7 @@ impl Hub {
             let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
             // Whoever answers next may lag behind the stream's leader, and may not say less than it did now.
             let Bounds { epoch, last, .. } = self.0.broker.bounds().await?;
-            let mut backoff = Backoff::new();
+            let mut backoff = Backoff::default();
             loop {
                 match self.0.broker.last(&subjects).await? {
                     Some(known) if known.epoch == epoch && known.as_of < last => backoff.wait().await,
@@ -266,9 +264,4 @@ impl Hub {
         }
         Ok(())
     }
-}
-
-/// A time between three and five quarters of `mean`, so that what began together does not stay together.
-pub(crate) fn jittered(mean: Duration) -> Duration {
-    mean.mul_f64(rand::rng().random_range(0.75..1.25))
 }

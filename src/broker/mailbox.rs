@@ -10,22 +10,24 @@ use std::{
 
 use futures_util::{Stream, task::AtomicWaker};
 
-use crate::broker::Hint;
+use super::Hint;
 
-/// Hints that wait for one listener. One that falls further behind reads what it missed.
-const HINTS_MAX: usize = 1024;
-
-#[derive(Default)]
 pub(super) struct Mailbox {
+    /// Hints that may wait here.
+    room: usize,
     waiting: Mutex<VecDeque<Hint>>,
     reader: AtomicWaker,
 }
 
 impl Mailbox {
+    pub fn new(room: usize) -> Mailbox {
+        Mailbox { room, waiting: Mutex::default(), reader: AtomicWaker::new() }
+    }
+
     /// Never waits: when there is no room, everything that waits is lost, and said to be.
     pub fn put(&self, hint: Hint) {
         let mut waiting = self.waiting();
-        if waiting.len() == HINTS_MAX {
+        if waiting.len() >= self.room {
             waiting.clear();
             waiting.push_back(Hint::Lost);
         } else {
