@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("limits", &["config"]),
     ("hub", &["broker", "sse", "position", "event", "subject", "metrics", "shutdown", "backoff", "config"]),
     ("position", &["event", "subject"]),
-    ("broker", &["event", "subject", "config"]),
+    ("broker", &["event", "subject", "backoff", "config", "fuzz"]),
     ("sse", &["event"]),
     ("event", &["subject"]),
     ("descriptors", &["config"]),
@@ -43,6 +43,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const OWNED: &[(&str, &[&str])] = &[
     ("actix_", &["http", "gateway"]),
     ("async_nats", &["broker/nats"]),
+    ("nkeys", &["broker/nats/entrance"]),
+    ("rustls", &["broker/nats/call"]),
     ("jsonwebtoken", &["auth"]),
     ("ureq", &["auth/jwks"]),
     ("subtle", &["auth"]),

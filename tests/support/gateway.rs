@@ -65,6 +65,12 @@ impl Launch {
         self
     }
 
+    /// With this variable in its environment, which is no setting of its own.
+    pub fn environment(mut self, name: &str, value: &str) -> Launch {
+        self.settings.push((name.into(), value.into()));
+        self
+    }
+
     /// With this flag and its value.
     pub fn flag(mut self, flag: &str, value: &str) -> Launch {
         self.arguments.extend([flag.into(), value.into()]);

@@ -84,6 +84,11 @@ impl NatsServer {
         self.signal("-CONT");
     }
 
+    /// Has it ask its clients to go elsewhere, as before it is stopped for maintenance.
+    pub fn go_lame(&self) {
+        self.signal("-USR2");
+    }
+
     fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());

@@ -94,18 +94,18 @@ impl Batches {
 }
 
 fn whole(message: &Message, last: Option<&Event>) -> Result<End, RequestError> {
-    let headers = message.headers.as_ref();
-    let pending = message::number(headers, "Nats-Num-Pending");
+    let number = |name| message::number(message.headers.as_ref()?, name);
+    let pending = number("Nats-Num-Pending");
     let pending = pending.ok_or_else(|| RequestError::Garbled("a batch without Nats-Num-Pending".into()))?;
     if !follows(message, last) {
         return Ok(End::Broken);
     }
-    Ok(End::Whole { pending, up_to: message::number(headers, "Nats-UpTo-Sequence") })
+    Ok(End::Whole { pending, up_to: number("Nats-UpTo-Sequence") })
 }
 
 /// In a batch `Nats-Last-Sequence` is the message before in the batch, 0 for the first.
 fn follows(message: &Message, before: Option<&Event>) -> bool {
-    let said = message::number(message.headers.as_ref(), "Nats-Last-Sequence");
+    let said = message.headers.as_ref().and_then(|headers| message::number(headers, "Nats-Last-Sequence"));
     said == Some(before.map_or(0, |event| event.sequence))
 }
 

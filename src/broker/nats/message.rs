@@ -3,15 +3,18 @@
 
 use std::time::Duration;
 
-use async_nats::{HeaderMap, Message};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Deserialize;
 
+use super::{
+    headers::{Block, Headers},
+    wire,
+};
 use crate::{
     broker::Hint,
-    config::parse_duration,
+    config::{NatsStream, parse_duration},
     event::{Event, EventType},
     subject::Subject,
 };
@@ -24,27 +27,28 @@ pub(super) const TTL: &str = "Nats-TTL";
 pub(super) const MESSAGE_ID: &str = "Nats-Msg-Id";
 
 /// A message on a live subject. What can't be read is a hint lost.
-pub(super) fn hint(message: &Message, stream: &str, prefix: &str) -> Hint {
+pub(super) fn hint(message: &wire::Message, names: &NatsStream) -> Hint {
+    let headers = Block(&message.headers);
     let read = || {
-        let headers = message.headers.as_ref()?;
-        if last(headers, "Nats-Stream")? != stream {
+        if headers.last("Nats-Stream")? != names.name {
             return None;
         }
-        let previous = last(headers, "Nats-Last-Sequence")?.parse().ok()?;
-        Some(Hint::Stored { event: event(headers, &message.payload, prefix)?, previous })
+        let previous = number(&headers, "Nats-Last-Sequence")?;
+        Some(Hint::Stored { event: event(&headers, &message.payload, &names.prefix)?, previous })
     };
     read().unwrap_or(Hint::Lost)
 }
 
-/// A message of a batch, or republished: the server's own headers tell what it is.
-pub(super) fn event(headers: &HeaderMap, payload: &Bytes, prefix: &str) -> Option<Event> {
-    let time = last(headers, "Nats-Time-Stamp")?.parse().ok()?;
+/// A message of a batch, or republished: the server's own headers tell what it is. They come after the publisher's, who
+/// may have sent some of the same names: only the last counts.
+pub(super) fn event(headers: &impl Headers, payload: &[u8], prefix: &str) -> Option<Event> {
+    let time = headers.last("Nats-Time-Stamp")?.parse().ok()?;
     Some(Event {
-        sequence: last(headers, "Nats-Sequence")?.parse().ok()?,
-        subject: Subject::stored(last(headers, "Nats-Subject")?.strip_prefix(prefix)?),
+        sequence: number(headers, "Nats-Sequence")?,
+        subject: Subject::stored(headers.last("Nats-Subject")?.strip_prefix(prefix)?),
         time,
-        expires: expiry(time, headers.get(TTL).map(|value| value.as_str())),
-        kind: kind(headers.get(TYPE).map(|value| value.as_str())),
+        expires: expiry(time, headers.first(TTL)),
+        kind: kind(headers.first(TYPE)),
         // Not a slice of what was read from the socket: a quiet feed keeps its last events for long, and would keep
         // whatever else came in the same read.
         payload: Bytes::copy_from_slice(payload),
@@ -52,13 +56,8 @@ pub(super) fn event(headers: &HeaderMap, payload: &Bytes, prefix: &str) -> Optio
 }
 
 /// A number in a header that the server wrote.
-pub(super) fn number(headers: Option<&HeaderMap>, name: &str) -> Option<u64> {
-    last(headers?, name)?.parse().ok()
-}
-
-/// The server appends its headers to the publisher's, who may have sent some of the same names: only the last counts.
-fn last<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
-    headers.get_last(name).map(|value| value.as_str())
+pub(super) fn number(headers: &impl Headers, name: &'static str) -> Option<u64> {
+    headers.last(name)?.parse().ok()
 }
 
 /// Whoever publishes straight into NATS may send types that we would refuse: such an event goes on without one.
@@ -88,23 +87,24 @@ pub(super) struct Stored {
 
 impl Stored {
     pub fn event(&self, prefix: &str) -> Option<Event> {
-        let time = self.time.parse().ok()?;
+        let (time, headers) = (self.time.parse().ok()?, self.headers());
+        let headers = Block(&headers);
         Some(Event {
             sequence: self.sequence,
             subject: Subject::stored(self.subject.strip_prefix(prefix)?),
             time,
-            expires: expiry(time, self.header(TTL).as_deref()),
-            kind: kind(self.header(TYPE).as_deref()),
+            expires: expiry(time, headers.first(TTL)),
+            kind: kind(headers.first(TYPE)),
             payload: STANDARD.decode(&self.data).ok()?.into(),
         })
     }
 
-    /// The first value of a header.
-    pub fn header(&self, name: &str) -> Option<String> {
-        let block = STANDARD.decode(&self.headers).ok()?;
-        let block = String::from_utf8(block).ok()?;
-        let mut lines = block.split("\r\n").skip(1).filter_map(|line| line.split_once(':'));
-        lines.find(|(key, _)| *key == name).map(|(_, value)| value.trim().to_owned())
+    pub fn message_id(&self) -> Option<String> {
+        Block(&self.headers()).first(MESSAGE_ID).map(str::to_owned)
+    }
+
+    fn headers(&self) -> Vec<u8> {
+        STANDARD.decode(&self.headers).unwrap_or_default()
     }
 }
 
@@ -112,20 +112,14 @@ impl Stored {
 mod tests {
     use super::*;
 
-    fn republished(headers: &[(&'static str, &str)]) -> Message {
-        let mut map = HeaderMap::new();
-        for (name, value) in headers {
-            map.append(*name, *value);
-        }
-        Message {
-            subject: "live.events.a".into(),
-            reply: None,
-            payload: Bytes::from_static(b"x"),
-            headers: Some(map),
-            status: None,
-            description: None,
-            length: 0,
-        }
+    fn names() -> NatsStream {
+        crate::config::Config::load(None, vec![]).unwrap().nats.stream
+    }
+
+    fn republished(headers: &[(&str, &str)]) -> Hint {
+        let lines: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let headers = [b"NATS/1.0\r\nOdd: \xff\r\n", lines.as_bytes(), b"\r\n"].concat().into();
+        hint(&wire::Message { subscription: 1, headers, payload: Bytes::from_static(b"x") }, &names())
     }
 
     const WHOLE: [(&str, &str); 5] = [
@@ -147,9 +141,7 @@ mod tests {
         ];
         headers.extend(WHOLE);
 
-        let Hint::Stored { event, previous } = hint(&republished(&headers), "EVENTS", "events.") else {
-            panic!("not read")
-        };
+        let Hint::Stored { event, previous } = republished(&headers) else { panic!("not read") };
 
         assert_eq!((event.sequence, previous, event.subject.as_str()), (7, 5, "a"));
         assert_eq!(event.kind, None);
@@ -160,14 +152,14 @@ mod tests {
         for missing in 0..WHOLE.len() {
             let mut headers = WHOLE.to_vec();
             headers.remove(missing);
-            assert!(matches!(hint(&republished(&headers), "EVENTS", "events."), Hint::Lost), "without {missing}");
+            assert!(matches!(republished(&headers), Hint::Lost), "without {missing}");
         }
         for (name, value) in
             [("Nats-Sequence", "-1"), ("Nats-Time-Stamp", "noon"), ("Nats-Subject", "other.a"), ("Nats-Stream", "X")]
         {
             let mut headers = WHOLE.to_vec();
             headers.push((name, value));
-            assert!(matches!(hint(&republished(&headers), "EVENTS", "events."), Hint::Lost), "{name}: {value}");
+            assert!(matches!(republished(&headers), Hint::Lost), "{name}: {value}");
         }
     }
 }

@@ -2,45 +2,57 @@
 //!
 //! | module | is about |
 //! |---|---|
-//! | `start` | connections, the server's and the stream's fitness |
+//! | `entrance` | which servers there are, and how they let us in |
+//! | `start` | the server's and the stream's fitness |
 //! | `stream` | the stream's definition, and what breaks a promise |
 //! | `leader` | requests whose answer is final, by the stream's leader |
 //! | `read` | history: batches by any replica, proven by the leader |
 //! | `snapshot` | the last event of every subject |
 //! | `publish` | storing, and the meaning of the answer |
-//! | `live` | hints of what was just stored, and doubts about them |
-//! | `message` | messages as events |
+//! | `line` | hints of what was just stored: a connection that is always made again |
+//! | `switchboard` | ...who listens to what, and what the server is yet to be told of it |
+//! | `call` | ...one connection to one server |
+//! | `servers` | ...which of them is next |
+//! | `wire` | ...what is said there, as bytes |
+//! | `doubts` | every occasion on which hints may have been lost |
+//! | `message`, `headers` | messages as events |
 //!
 //! Connections: one for history, whose answers hold up whatever else travels there, one for each thread that publishes,
-//! and one for all the rest.
+//! one for live hints, which is our own (see `line`), and one for all the rest.
 
 mod batch;
+mod call;
+mod doubts;
+mod entrance;
+mod headers;
 mod inbox;
 mod leader;
-mod live;
+mod line;
 mod message;
 mod publish;
 mod read;
 mod rounds;
+mod servers;
 mod snapshot;
 mod start;
 mod stream;
+mod switchboard;
+mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
 
 use async_nats::{Client, connection::State};
 use async_trait::async_trait;
-use tokio::{
-    sync::{mpsc, watch},
-    task::AbortHandle,
-};
+use tokio::{sync::watch, task::AbortHandle};
 
 use self::{
     batch::Batches,
+    entrance::Entrance,
     leader::{Leader, RequestError, Requests},
+    line::Line,
     publish::Publisher,
     read::History,
-    start::{Entrance, Need},
+    start::Need,
     stream::Fitness,
 };
 use super::{
@@ -57,15 +69,13 @@ pub use self::{
     stream::Misfit,
 };
 
-/// Incidents that wait to be looked at; more of the same say nothing more.
-const INCIDENTS_MAX: usize = 64;
-
 /// A JetStream stream, as one gateway sees it. Its connections and tasks end when it is dropped.
 pub struct Nats {
     leader: Leader,
     history: History,
     publisher: Publisher,
-    entrance: Entrance,
+    line: Line,
+    entrance: Arc<Entrance>,
     /// The connections of publishers that belong to threads.
     entries: Mutex<Vec<Client>>,
     settings: config::Nats,
@@ -83,16 +93,16 @@ impl Nats {
         history: &config::History,
         event_bytes: usize,
     ) -> Result<Nats, StartError> {
-        let entrance = Entrance::parse(settings)?;
+        let entrance = Arc::new(Entrance::parse(settings)?);
         let names = &settings.stream;
-        let (report, incidents) = mpsc::channel(INCIDENTS_MAX);
-        let client = entrance.open("publish and live", None, Some(report)).await?;
+        let client = entrance.open("requests", None).await?;
         entrance.check_server(&client, event_bytes)?;
         let requests = Arc::new(requests(&client, settings).await?);
         let info = entrance.stream(&requests, names, event_bytes).await?;
         // A whole answer must fit: an overflow would break it off each time.
         let answer = history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8);
-        let page = entrance.open("history", Some(answer), None).await?;
+        let page = entrance.open("history", Some(answer)).await?;
+        let line = Line::open(entrance.clone(), settings).await?;
 
         let leader = Leader::new(requests, names.name.clone(), &info);
         let advisories = client
@@ -100,7 +110,8 @@ impl Nats {
             .await
             .map_err(|error| StartError::Unreachable { at: entrance.at.clone(), why: error.to_string() })?;
         let fitness = Fitness::new(names.clone(), event_bytes);
-        let watch = tokio::spawn(live::watch(leader.clone(), fitness, incidents, advisories)).abort_handle();
+        let watch = doubts::watch(leader.clone(), fitness, line.connections(), advisories);
+        let watch = tokio::spawn(watch).abort_handle();
         Ok(Nats {
             history: History {
                 batches: Batches {
@@ -122,6 +133,7 @@ impl Nats {
             },
             description: describe(&client.server_info().version, &entrance.at, &names.name, &info),
             settings: settings.clone(),
+            line,
             entrance,
             entries: Mutex::default(),
             leader,
@@ -137,7 +149,7 @@ impl Nats {
     /// The same.
     pub async fn look(settings: &config::Nats, event_bytes: usize) -> Result<String, StartError> {
         let (entrance, names) = (Entrance::parse(settings)?, &settings.stream);
-        let client = entrance.open("check", None, None).await?;
+        let client = entrance.open("check", None).await?;
         entrance.check_server(&client, event_bytes)?;
         let requests = requests(&client, settings).await?;
         let (version, at, stream) = (client.server_info().version, &entrance.at, &names.name);
@@ -182,15 +194,14 @@ impl Publish for Nats {
 impl Broker for Nats {
     async fn publisher(&self) -> Result<Option<Box<dyn Publish>>, BrokerError> {
         let away = |error: StartError| BrokerError::Unavailable(error.to_string());
-        let client = self.entrance.open("publish", None, None).await.map_err(away)?;
+        let client = self.entrance.open("publish", None).await.map_err(away)?;
         let requests = Requests::new(client.clone(), self.settings.request_timeout).await?;
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(client);
         Ok(Some(Box::new(Publisher { requests: Arc::new(requests), ..self.publisher.clone() })))
     }
 
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
-        let names = &self.settings.stream;
-        live::subscribe(&self.leader, filter, &names.live_prefix, &names.name, &names.prefix).await
+        self.line.listen(filter).await
     }
 
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
@@ -214,7 +225,8 @@ impl Broker for Nats {
     }
 
     fn health(&self) -> Health {
-        if self.connections().iter().any(|client| client.connection_state() != State::Connected) {
+        let connected = |client: &Client| client.connection_state() == State::Connected;
+        if !self.line.is_up() || !self.connections().iter().all(connected) {
             return Health::Away("not connected to NATS".into());
         }
         let (known, name) = (self.leader.known(), &self.settings.stream.name);
@@ -227,7 +239,7 @@ impl Broker for Nats {
 
     fn link(&self) -> Link {
         let connects = |client: &Client| client.statistics().connects.load(Ordering::Relaxed);
-        let connections = self.connections().iter().map(connects).sum();
+        let connections = self.connections().iter().map(connects).sum::<u64>() + *self.line.connections().borrow();
         Link { connections, round_trip: self.leader.known().round_trip() }
     }
 

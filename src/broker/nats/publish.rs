@@ -139,7 +139,7 @@ impl Retry {
     /// looked at; later ones look at the conditions first.
     async fn own_first_try(self, settled: bool) -> Result<Published, PublishError> {
         match self.leader.next(self.after.saturating_add(1), &self.subject).await {
-            Ok(Some(stored)) if stored.header(MESSAGE_ID).is_some_and(|id| id == self.message_id) => {
+            Ok(Some(stored)) if stored.message_id().as_ref() == Some(&self.message_id) => {
                 let epoch = self.leader.answered(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
                 let id = EventId { epoch, sequence: stored.sequence };
                 Ok(Published { id, duplicate: true })

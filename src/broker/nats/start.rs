@@ -1,15 +1,13 @@
 //! The way to a stream that keeps our promises, or one line that says what is in the way and how to clear it.
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
-use percent_encoding::percent_decode_str;
+use async_nats::Client;
 use serde_json::json;
-use tokio::sync::mpsc;
 
 use super::{
+    entrance::Entrance,
     leader::{self, Info, RequestError, Requests, code},
-    live::Incident,
     stream::{self, Fitness, Misfit},
 };
 use crate::config;
@@ -18,10 +16,6 @@ use crate::config;
 pub const OLDEST: (u64, u64) = (2, 11);
 /// The headers that a message may have besides its payload.
 pub const HEADER_BYTES: usize = 4096;
-/// Every reply subject begins so; a user needs the permission to subscribe to no other inbox.
-const INBOX: &str = "_INBOX_tidegate";
-/// A server that does not answer two of these is given up for another: a frozen one is noticed within 15 seconds.
-const PING: Duration = Duration::from_secs(5);
 
 /// Why the gateway can't begin.
 #[derive(Debug, thiserror::Error)]
@@ -69,96 +63,7 @@ pub(super) enum Need {
     },
 }
 
-/// Servers and how to enter them.
-pub(super) struct Entrance {
-    servers: Vec<ServerAddr>,
-    user: Option<(String, String)>,
-    token: Option<String>,
-    credentials: Option<PathBuf>,
-    timeout: Duration,
-    subscription_messages: usize,
-    /// The servers without user and password.
-    pub at: String,
-}
-
 impl Entrance {
-    pub fn parse(settings: &config::Nats) -> Result<Entrance, StartError> {
-        let mut servers = vec![];
-        let (mut user, mut token) = (None, None);
-        for text in settings.url.split(',').map(str::trim) {
-            let server: ServerAddr = text.parse().map_err(|_| StartError::Address(without_user(text)))?;
-            if server.host().is_empty() || !matches!(server.scheme(), "nats" | "tls") {
-                return Err(StartError::Address(without_user(text)));
-            }
-            let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-            match (server.username(), server.password()) {
-                (Some(name), Some(password)) => user = user.or(Some((decoded(name), decoded(password)))),
-                (Some(name), None) => token = token.or(Some(decoded(name))),
-                (None, _) => {}
-            }
-            servers.push(server);
-        }
-        let at = servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect::<Vec<_>>();
-        Ok(Entrance {
-            servers,
-            user,
-            token,
-            credentials: (!settings.credentials.as_os_str().is_empty()).then(|| settings.credentials.clone()),
-            timeout: settings.request_timeout,
-            subscription_messages: settings.subscription_messages,
-            at: at.join(","),
-        })
-    }
-
-    /// Opens one connection, named for what it is used for, which then reconnects by itself for ever.
-    pub async fn open(
-        &self,
-        purpose: &str,
-        subscription_messages: Option<usize>,
-        incidents: Option<mpsc::Sender<Incident>>,
-    ) -> Result<Client, StartError> {
-        let mut options = ConnectOptions::new()
-            .name(format!("tidegate {purpose}"))
-            .custom_inbox_prefix(INBOX)
-            .connection_timeout(self.timeout)
-            .ping_interval(PING)
-            .subscription_capacity(subscription_messages.unwrap_or(self.subscription_messages))
-            .event_callback(move |event| {
-                let incident = match event {
-                    Event::Connected | Event::Disconnected => Some(Incident::Connection),
-                    Event::SlowConsumer(_) => Some(Incident::Overflow),
-                    Event::LameDuckMode | Event::Draining | Event::Closed => None,
-                    Event::ServerError(_) | Event::ClientError(_) => None,
-                };
-                // Full: enough of them wait already.
-                if let (Some(incidents), Some(incident)) = (&incidents, incident) {
-                    let _ = incidents.try_send(incident);
-                }
-                std::future::ready(())
-            });
-        if let Some((user, password)) = &self.user {
-            options = options.user_and_password(user.clone(), password.clone());
-        }
-        if let Some(token) = &self.token {
-            options = options.token(token.clone());
-        }
-        if let Some(path) = &self.credentials {
-            options = options
-                .credentials_file(path)
-                .await
-                .map_err(|error| StartError::Credentials { path: path.clone(), why: error.to_string() })?;
-        }
-        options.connect(self.servers.as_slice()).await.map_err(|error| match error.kind() {
-            ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
-                StartError::Denied { at: self.at.clone() }
-            }
-            kind => {
-                let cause = std::error::Error::source(&error).map(ToString::to_string);
-                StartError::Unreachable { at: self.at.clone(), why: cause.unwrap_or_else(|| kind.to_string()) }
-            }
-        })
-    }
-
     /// Whether the server can do what is needed of it.
     pub fn check_server(&self, client: &Client, event_bytes: usize) -> Result<(), StartError> {
         let server = client.server_info();
@@ -281,36 +186,9 @@ fn version(text: &str) -> Option<(u64, u64)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-/// An address for people, whatever is wrong with it: without what stands before the last `@`.
-fn without_user(address: &str) -> String {
-    address.rsplit_once('@').map_or(address, |(_, rest)| rest).to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn entrance(url: &str) -> Result<Entrance, StartError> {
-        let settings = config::Config::load(None, vec![("nats.url", url.into())]).unwrap().nats;
-        Entrance::parse(&settings)
-    }
-
-    #[test]
-    fn passwords_are_used_and_never_shown() {
-        let entrance = entrance("nats://gate%40way:p%3As%2Fs@one:4222, tls://two").unwrap();
-        assert_eq!(entrance.user, Some(("gate@way".into(), "p:s/s".into())));
-        assert_eq!(entrance.at, "one:4222,two:4222");
-    }
-
-    #[test]
-    fn what_is_no_address_is_named_without_its_password() {
-        for url in
-            ["nats://user:secret@", "http://user:secret@host", "nats://user:secret@host:99999", "user:secret@ho st"]
-        {
-            let error = entrance(url).map(|_| ()).unwrap_err().to_string();
-            assert!(error.contains("is no address") && !error.contains("secret"), "{url}: {error}");
-        }
-    }
 
     #[test]
     fn versions_compare_as_numbers() {

@@ -1,65 +1,29 @@
-//! Hints of what was just stored, and the doubts: every occasion on which hints may have been lost without notice.
+//! The doubts: every occasion on which live hints may have been lost without notice.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
 use async_nats::{Client, Subscriber};
 use futures_util::StreamExt;
 use tokio::{
-    sync::mpsc,
+    sync::watch,
     time::{Instant, MissedTickBehavior},
 };
 
-use super::{
-    leader::{Leader, RequestError},
-    message,
-    stream::Fitness,
-};
-use crate::{
-    broker::{BrokerError, Hints},
-    subject::Filter,
-};
+use super::{leader::Leader, stream::Fitness};
 
 /// A cluster's other servers learn of a new subscription, and a new leader of all that was stored, a little later than
 /// this gateway does. So a second doubt follows the first.
 const SECOND_DOUBT: Duration = Duration::from_millis(500);
-/// How often the connection is looked at: async-nats drops events when its channel for them is full.
+/// How often it is looked at whether the connection of advisories was made again, and some may be missing.
 const LOOK: Duration = Duration::from_secs(1);
 /// How often the leader is asked whether the stream is there, the same, and as it must be.
 const ASK: Duration = Duration::from_secs(5);
-
-/// Hints on `filter`.
-pub(super) async fn subscribe(
-    leader: &Leader,
-    filter: &Filter,
-    live_prefix: &str,
-    stream: &str,
-    prefix: &str,
-) -> Result<Hints, BrokerError> {
-    let requests = leader.requests();
-    let subject = format!("{live_prefix}{filter}");
-    let subscribed = tokio::time::timeout(requests.timeout, requests.client.subscribe(subject)).await;
-    let messages = subscribed
-        .map_err(|_| RequestError::NotConnected)?
-        .map_err(|error| BrokerError::Unavailable(error.to_string()))?;
-    // A round trip on the same connection: the server has seen the subscription.
-    leader.info().await?;
-    let (stream, prefix) = (stream.to_owned(), prefix.to_owned());
-    Ok(Box::pin(messages.map(move |message| message::hint(&message, &stream, &prefix))))
-}
-
-/// What the client library says of the connection.
-pub(super) enum Incident {
-    /// Connected or disconnected.
-    Connection,
-    /// Messages of a subscription were dropped, here.
-    Overflow,
-}
 
 /// Moves the doubts for as long as it runs.
 pub(super) async fn watch(
     leader: Leader,
     fitness: Fitness,
-    mut incidents: mpsc::Receiver<Incident>,
+    mut line: watch::Receiver<u64>,
     mut advisories: Subscriber,
 ) {
     let client = leader.requests().client.clone();
@@ -77,11 +41,13 @@ pub(super) async fn watch(
         };
         // Cancellation: each of these waits without taking anything before it is ready.
         tokio::select! {
-            incident = incidents.recv() => match incident {
-                Some(Incident::Connection) => {}
-                Some(Incident::Overflow) => leader.known().doubt(),
-                None => return,
-            },
+            connected = line.changed() => {
+                if connected.is_err() {
+                    return;
+                }
+                leader.known().doubt();
+                second_doubt = Some(Instant::now() + SECOND_DOUBT);
+            }
             advisory = advisories.next() => {
                 let Some(advisory) = advisory else { return };
                 tracing::info!(advisory = %advisory.subject, "the stream changed");
@@ -96,8 +62,7 @@ pub(super) async fn watch(
             _ = look.tick() => {}
         }
         if connections_of(&client) != connections {
-            // Only after a round trip has the server seen the subscriptions that were made again; a doubt before that
-            // would read too early.
+            // Only after a round trip has the server seen the subscription that was made again.
             connections = connections_of(&client);
             let _ = leader.info().await;
             asked = Instant::now();
