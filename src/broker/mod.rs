@@ -130,7 +130,7 @@ pub enum BrokerError {
     Protocol(String),
 }
 
-/// Live hints of one filter. Ends when the broker has given it up; ask for another then.
+/// Live hints of one filter. They never end: whatever breaks on their way is a doubt, or a hint lost.
 pub type Hints = Pin<Box<dyn Stream<Item = Hint> + Send>>;
 
 /// What the broker says without being asked. May be missing, repeated or out of order.

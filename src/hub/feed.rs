@@ -176,33 +176,11 @@ impl Reader {
 }
 
 /// Passes hints on for as long as the feed is kept.
-async fn listen(feed: Weak<Feed>, hub: Hub, hints: Hints) {
-    // Their end may be met while those that are ready are taken, and again here.
-    let mut hints = hints.fuse();
-    loop {
-        let Some(first) = hints.next().await else {
-            // Boxed, because it is rare and large, and there is a task like this for every feed.
-            match Box::pin(listen_again(&feed, &hub)).await {
-                Some(again) => hints = again.fuse(),
-                None => return,
-            }
-            continue;
-        };
+async fn listen(feed: Weak<Feed>, hub: Hub, mut hints: Hints) {
+    while let Some(first) = hints.next().await {
         let Some(feed) = feed.upgrade() else { return };
         let ready = std::iter::from_fn(|| hints.next().now_or_never().flatten());
         feed.hear(&hub, std::iter::once(first).chain(ready).take(HINTS_AT_ONCE));
-    }
-}
-
-async fn listen_again(feed: &Weak<Feed>, hub: &Hub) -> Option<Hints> {
-    let mut backoff = Backoff::default();
-    loop {
-        backoff.wait().await;
-        let filter = feed.upgrade()?.filter.clone();
-        if let Ok(again) = hub.0.broker.live(&filter).await {
-            feed.upgrade()?.doubt(hub, "resubscribed");
-            return Some(again);
-        }
     }
 }
 
