@@ -7,7 +7,7 @@ use std::{
     future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
-    task::{Context, Waker},
+    task::Waker,
 };
 
 use slab::Slab;
@@ -20,7 +20,7 @@ use tokio_util::time::{DelayQueue, delay_queue::Key};
 use super::{
     Common,
     bell::Bell,
-    stream::{End, Stream},
+    stream::{End, Stream, Turn},
 };
 
 /// Streams that are served before others on the same thread have their turn.
@@ -35,21 +35,31 @@ pub(super) struct Porter {
     streams: Slab<Box<Kept>>,
     bell: Arc<Bell>,
     alarms: DelayQueue<usize>,
+    /// The time, as of the turn that has begun.
+    now: Instant,
 }
 
 /// A stream, with what wakes it.
 struct Kept {
     stream: Stream,
-    waker: Waker,
+    wakers: Wakers,
     due: Instant,
     alarm: Key,
+}
+
+/// Who is told that a stream can go on.
+pub(super) struct Wakers {
+    /// By its feeds, and by what it fetches.
+    pub feeds: Waker,
+    /// By its socket. Apart from the others, because looking at a socket is not for free.
+    pub socket: Waker,
 }
 
 /// What a porter waits for.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Happened {
     Arrived(Option<Stream>),
-    /// Feeds have moved, sockets have room again, clients have left, history has come: of these streams.
+    /// The cords of these numbers were pulled.
     Rung(Vec<usize>),
     Alarm(usize),
     Draining,
@@ -61,7 +71,7 @@ impl Porter {
         // Bounded by the streams that may be open.
         let (arrive, arrivals) = mpsc::unbounded_channel();
         let (streams, bell, alarms) = (Slab::new(), Arc::default(), DelayQueue::new());
-        (Porter { common, arrivals, streams, bell, alarms }, arrive)
+        (Porter { common, arrivals, streams, bell, alarms, now: Instant::now() }, arrive)
     }
 
     /// Serves until no more streams can come.
@@ -77,25 +87,27 @@ impl Porter {
                 }
                 () = draining.cancelled(), if !drains => Happened::Draining,
             };
+            self.now = Instant::now();
             match happened {
                 Happened::Arrived(None) => return,
                 Happened::Arrived(Some(stream)) => {
                     let number = self.keep(stream);
-                    self.have(number, Stream::serve);
+                    self.have(number, Stream::attend);
                     if drains {
                         self.have(number, Stream::drain);
                     }
                 }
                 Happened::Rung(numbers) => {
                     for turn in numbers.chunks(TURN) {
-                        turn.iter().for_each(|number| self.have(*number, Stream::serve));
+                        turn.iter().for_each(|number| self.answer(*number));
                         tokio::task::yield_now().await;
+                        self.now = Instant::now();
                     }
                 }
                 Happened::Alarm(number) => {
                     self.set_alarm_anew(number);
                     self.have(number, Stream::act);
-                    self.have(number, Stream::serve);
+                    self.have(number, Stream::flow);
                 }
                 Happened::Draining => {
                     drains = true;
@@ -109,29 +121,39 @@ impl Porter {
     fn keep(&mut self, stream: Stream) -> usize {
         let vacant = self.streams.vacant_entry();
         let number = vacant.key();
-        let (waker, alarm) = (self.bell.cord(number), self.alarms.insert(number, ALARM_MAX));
-        vacant.insert(Box::new(Kept { stream, waker, due: Instant::now() + ALARM_MAX, alarm }));
+        // Two cords for each, see `answer`.
+        let wakers = Wakers { feeds: self.bell.cord(2 * number), socket: self.bell.cord(2 * number + 1) };
+        let alarm = self.alarms.insert(number, ALARM_MAX);
+        vacant.insert(Box::new(Kept { stream, wakers, due: self.now + ALARM_MAX, alarm }));
         number
+    }
+
+    fn answer(&mut self, cord: usize) {
+        match cord % 2 {
+            0 => self.have(cord / 2, Stream::flow),
+            _ => self.have(cord / 2, Stream::attend),
+        }
     }
 
     /// An alarm that has rung is gone.
     fn set_alarm_anew(&mut self, number: usize) {
         if let Some(kept) = self.streams.get_mut(number) {
-            kept.due = Instant::now() + ALARM_MAX;
+            kept.due = self.now + ALARM_MAX;
             kept.alarm = self.alarms.insert_at(number, kept.due);
         }
     }
 
     /// Has a stream do something, unless it has ended meanwhile.
-    fn have(&mut self, number: usize, act: impl FnOnce(&mut Stream, &Common, &mut Context<'_>) -> Result<(), End>) {
+    fn have(&mut self, number: usize, act: impl FnOnce(&mut Stream, &Turn<'_>) -> Result<(), End>) {
         let Some(kept) = self.streams.get_mut(number) else { return };
-        let acted = || act(&mut kept.stream, &self.common, &mut Context::from_waker(&kept.waker));
+        let turn = Turn { common: &self.common, wakers: &kept.wakers, now: self.now };
         // A defect that one stream meets is not to end thousands.
-        match catch_unwind(AssertUnwindSafe(acted)).unwrap_or(Err(End::Failed)) {
+        let acted = catch_unwind(AssertUnwindSafe(|| act(&mut kept.stream, &turn)));
+        match acted.unwrap_or(Err(End::Failed)) {
             Ok(()) => {
                 let due = kept.stream.due(&self.common);
                 if std::mem::replace(&mut kept.due, due) != due {
-                    self.alarms.reset_at(&kept.alarm, due.min(Instant::now() + ALARM_MAX));
+                    self.alarms.reset_at(&kept.alarm, due.min(self.now + ALARM_MAX));
                 }
             }
             Err(end) => {

@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use rand::RngExt;
 use tokio::{net::TcpStream, time::Instant};
 
-use super::{Common, Record, Slot, peer};
+use super::{Common, Record, Slot, peer, porter::Wakers};
 use crate::{
     backoff::jittered,
     hub::{Cursor, Frame},
@@ -73,6 +73,14 @@ pub(super) struct Stream {
     expiry: Option<Box<Expiry>>,
     _slot: Slot,
     _place: Place,
+}
+
+/// A stream's turn to do something.
+pub(super) struct Turn<'t> {
+    pub common: &'t Common,
+    pub wakers: &'t Wakers,
+    /// When it began, or a little before.
+    pub now: Instant,
 }
 
 /// What waits for room in the socket.
@@ -155,35 +163,35 @@ impl Stream {
     }
 
     /// Does what is due.
-    pub fn act(&mut self, common: &Common, _: &mut Context<'_>) -> Result<(), End> {
-        let now = Instant::now();
+    pub fn act(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         if self.held.is_some() {
-            self.wait_on(common, now)
-        } else if self.expiry.as_ref().is_some_and(|expiry| expiry.next() <= now) {
-            self.expire(common)
-        } else if self.beat_at <= now {
-            self.beat(common)
+            self.wait_on(turn)
+        } else if self.expiry.as_ref().is_some_and(|expiry| expiry.next() <= turn.now) {
+            self.expire(turn)
+        } else if self.beat_at <= turn.now {
+            self.beat(turn)
         } else {
             Ok(())
         }
     }
 
-    /// Does all that can be done now: ignores what its client sends, writes on where the socket has room again, and takes
-    /// and writes what there is for the client.
-    pub fn serve(&mut self, common: &Common, cx: &mut Context<'_>) -> Result<(), End> {
-        self.ignore(cx)?;
-        loop {
-            if self.held.is_some() {
-                match self.socket.poll_write_ready(cx) {
-                    Poll::Ready(_) => self.go_on(common)?,
-                    Poll::Pending => return Ok(()),
-                }
-            } else {
-                let Poll::Ready(frames) = self.cursor.poll_next(cx) else { return Ok(()) };
-                self.write(common, Words::Frames(frames.into()))?;
-                self.written_at = Instant::now();
-            }
+    /// Takes what there is for its client and writes it, as long as the socket has room.
+    pub fn flow(&mut self, turn: &Turn<'_>) -> Result<(), End> {
+        while self.held.is_none() {
+            let next = self.cursor.poll_next(&mut Context::from_waker(&turn.wakers.feeds));
+            let Poll::Ready(frames) = next else { break };
+            self.written_at = turn.now;
+            self.write(turn, Words::Frames(frames.into()))?;
         }
+        Ok(())
+    }
+
+    /// Looks after the socket: ignores what its client sends, writes on where it has room again.
+    pub fn attend(&mut self, turn: &Turn<'_>) -> Result<(), End> {
+        let mut cx = Context::from_waker(&turn.wakers.socket);
+        self.ignore(&mut cx)?;
+        self.go_on(turn)?;
+        self.flow(turn)
     }
 
     /// Reads what its client sends, up to a bound, and finds out whether it has closed.
@@ -204,33 +212,39 @@ impl Stream {
     }
 
     /// Writes what is held, as the socket has room.
-    fn go_on(&mut self, common: &Common) -> Result<(), End> {
-        let Some(mut held) = self.held.take() else { return Ok(()) };
-        match self.write_some(common, &mut held.words)? {
-            Wrote::All if held.cut_at.is_some() && !self.drains => self.leave_later(common),
-            Wrote::All => {}
-            Wrote::Some => {
-                held.since = Instant::now();
+    fn go_on(&mut self, turn: &Turn<'_>) -> Result<(), End> {
+        while let Some(mut held) = self.held.take() {
+            let has_room = self.socket.poll_write_ready(&mut Context::from_waker(&turn.wakers.socket)).is_ready();
+            let wrote = if has_room { self.write_some(turn.common, &mut held.words)? } else { Wrote::Nothing };
+            match wrote {
+                Wrote::All if held.cut_at.is_some() && !self.drains => self.leave_later(turn),
+                Wrote::All => {}
+                Wrote::Some => held.since = turn.now,
+                Wrote::Nothing => {}
+            }
+            if !matches!(wrote, Wrote::All) {
                 self.held = Some(held);
             }
-            Wrote::Nothing => self.held = Some(held),
+            if !has_room {
+                break;
+            }
         }
         Ok(())
     }
 
     /// Is to end at a moment of its own; if its client does not read, when the time for that is over.
-    pub fn drain(&mut self, common: &Common, _: &mut Context<'_>) -> Result<(), End> {
+    pub fn drain(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         match &mut self.held {
             // It may not read again within the time that is left. What it lacks it will ask for.
-            Some(held) => held.cut_at = Some(Instant::now() + common.drain.spread),
-            None => self.leave_later(common),
+            Some(held) => held.cut_at = Some(turn.now + turn.common.drain.spread),
+            None => self.leave_later(turn),
         }
         Ok(())
     }
 
-    fn leave_later(&mut self, common: &Common) {
+    fn leave_later(&mut self, turn: &Turn<'_>) {
         self.drains = true;
-        self.beat_at = Instant::now() + common.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
+        self.beat_at = turn.now + turn.common.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
     }
 
     /// Says why it ends, where its client is to know, and lets go of everything.
@@ -259,41 +273,42 @@ impl Stream {
     }
 
     /// Warns of the token's end, or ends at it.
-    fn expire(&mut self, common: &Common) -> Result<(), End> {
+    fn expire(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         let Some(expiry) = &mut self.expiry else { return Ok(()) };
         if std::mem::replace(&mut expiry.warned, true) {
             return Err(End::Expired);
         }
         let warning = sse::token_expiring(expiry.expires);
-        self.write(common, Words::Plain(warning))
+        self.write(turn, Words::Plain(warning))
     }
 
-    fn beat(&mut self, common: &Common) -> Result<(), End> {
+    fn beat(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         if self.drains {
             return Err(End::Drained);
         }
-        if common.age() >= self.ages_at {
+        if turn.common.age() >= self.ages_at {
             return Err(End::Aged);
         }
-        self.check_peer(common)?;
-        let heartbeat = common.sse.heartbeat;
+        self.check_peer(turn.common)?;
+        let heartbeat = turn.common.sse.heartbeat;
         let mut next = jittered(heartbeat);
         // Looked at here and not at every write, which would cost each event a turn of the timer.
-        let quiet = self.written_at.elapsed();
+        let quiet = turn.now.saturating_duration_since(self.written_at);
         if quiet < heartbeat / 2 {
             next = next.saturating_sub(quiet);
         } else if let Some(id) = self.cursor.quiet_position() {
-            self.write(common, Words::Plain(sse::position(&id)))?;
+            self.write(turn, Words::Plain(sse::position(&id)))?;
             self.cursor.tell(&self.record.whereabouts, u64::MAX);
         } else {
-            self.write(common, Words::Plain(Bytes::from_static(sse::HEARTBEAT)))?;
+            self.write(turn, Words::Plain(Bytes::from_static(sse::HEARTBEAT)))?;
         }
-        self.beat_at = Instant::now() + next;
+        self.beat_at = turn.now + next;
         Ok(())
     }
 
-    /// Has waited for room until `now`.
-    fn wait_on(&mut self, common: &Common, now: Instant) -> Result<(), End> {
+    /// Has waited for room until now.
+    fn wait_on(&mut self, turn: &Turn<'_>) -> Result<(), End> {
+        let (common, now) = (turn.common, turn.now);
         let Some(held) = &mut self.held else { return Ok(()) };
         if held.cut_at.is_some_and(|at| at <= now) {
             return Err(End::Cut);
@@ -319,14 +334,15 @@ impl Stream {
     }
 
     /// Writes, and holds what there is no room for.
-    fn write(&mut self, common: &Common, mut words: Words) -> Result<(), End> {
-        if !matches!(self.write_some(common, &mut words)?, Wrote::All) {
-            if let Words::Plain(_) = words {
-                self.cursor.let_go();
-            }
-            self.held = Some(Box::new(Held::new(words, Instant::now(), common)));
+    fn write(&mut self, turn: &Turn<'_>, mut words: Words) -> Result<(), End> {
+        if let Wrote::All = self.write_some(turn.common, &mut words)? {
+            return Ok(());
         }
-        Ok(())
+        if let Words::Plain(_) = words {
+            self.cursor.let_go();
+        }
+        self.held = Some(Box::new(Held::new(words, turn.now, turn.common)));
+        self.go_on(turn)
     }
 
     /// Writes as much as there is room for, and takes it off `words`.

@@ -19,6 +19,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
+use smallvec::SmallVec;
 
 use super::{
     Hub,
@@ -42,7 +43,8 @@ pub struct Cursor {
     hub: Hub,
     epoch: Epoch,
     format: Format,
-    places: Vec<Place>,
+    /// Most clients have one.
+    places: SmallVec<[Place; 1]>,
     /// What is handed over before anything else.
     snapshot: Option<Box<Snapshot>>,
     /// The place that the last frames came from.
@@ -137,7 +139,7 @@ impl Cursor {
             hub,
             epoch,
             format,
-            places,
+            places: places.into_iter().collect(),
             snapshot: snapshot.map(Box::new),
             turn: 0,
             standing: Standing::New,
@@ -398,7 +400,7 @@ impl Cursor {
         match fetched {
             Fetched::Moved(Found { epoch, places, gap, snapshot: _ }) => {
                 self.listen_no_more();
-                (self.epoch, self.places, self.turn) = (epoch, places, 0);
+                (self.epoch, self.places, self.turn) = (epoch, places.into_iter().collect(), 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
             }
             Fetched::SnapshotPage(page) if page.epoch == self.epoch => {

@@ -213,6 +213,10 @@ impl Feed {
     /// Wakes `listener` whenever the feed moves from now on, as often as it was said.
     pub(super) fn listen(&self, listener: &Waker) {
         let mut listeners = self.listeners();
+        if listeners.is_empty() {
+            // Most feeds have one.
+            listeners.reserve_exact(1);
+        }
         let at = listeners.partition_point(|known| known.data() < listener.data());
         listeners.insert(at, listener.clone());
     }

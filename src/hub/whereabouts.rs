@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
+use smallvec::SmallVec;
+
 use crate::{
     event::Epoch,
     position::{Position, Tag},
@@ -14,7 +16,8 @@ use crate::{
 /// places of the one with the epoch of the other.
 pub struct Whereabouts {
     epoch: AtomicU32,
-    places: Box<[(Filter, AtomicU64)]>,
+    /// Most clients have one.
+    places: SmallVec<[(Filter, AtomicU64); 1]>,
 }
 
 impl Whereabouts {
