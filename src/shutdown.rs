@@ -2,6 +2,7 @@
 
 use tokio::runtime::Handle;
 use tokio_util::{
+    future::FutureExt,
     sync::CancellationToken,
     task::{AbortOnDropHandle, TaskTracker},
 };
@@ -15,7 +16,7 @@ pub struct Tasks {
 }
 
 /// Ends a task when it is dropped.
-pub struct Ending(#[expect(dead_code, reason = "kept for its drop")] AbortOnDropHandle<()>);
+pub struct Ending(#[expect(dead_code, reason = "kept for its drop")] AbortOnDropHandle<Option<()>>);
 
 impl Tasks {
     /// Tasks that run on `runtime`.
@@ -25,21 +26,12 @@ impl Tasks {
 
     /// Runs `task` until it returns or [`Tasks::end`] drops it at its next await.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let ended = self.ended.clone();
-        self.tracker.spawn_on(
-            async move {
-                ended.run_until_cancelled(task).await;
-            },
-            &self.runtime,
-        );
+        self.tracker.spawn_on(task.with_cancellation_token_owned(self.ended.clone()), &self.runtime);
     }
 
     /// As [`Tasks::spawn`], but the task ends with what is returned, too.
     pub fn spawn_ending(&self, task: impl Future<Output = ()> + Send + 'static) -> Ending {
-        let ended = self.ended.clone();
-        let task = async move {
-            ended.run_until_cancelled(task).await;
-        };
+        let task = task.with_cancellation_token_owned(self.ended.clone());
         Ending(AbortOnDropHandle::new(self.tracker.spawn_on(task, &self.runtime)))
     }
 
