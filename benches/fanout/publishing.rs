@@ -63,7 +63,7 @@ pub fn compare() {
         many.push((floor, rate(&took, MANY)));
 
         let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 2, &mut costs, &in_a_batch);
+        let took = measured(&mut target, 2, &mut costs, &|target| in_a_batch(target.address));
         batch.push((floor, rate(&took, MANY)));
     }
     let cost = |slot: usize, count: u32| {
@@ -84,13 +84,27 @@ pub fn compare() {
     move_to(LOAD_CORE);
 }
 
-fn in_a_batch(target: &mut Target) -> Took {
+/// One request of many lines, as curl sends a file.
+fn in_a_batch(address: SocketAddr) -> Took {
     let began = Instant::now();
-    for number in 0..MANY {
-        target.publish(None, number + 1, PAYLOAD_BYTES);
-    }
-    target.flush();
-    target.acknowledged();
+    let line = |number| format!("{{\"subject\":\"f0\",\"data\":\"{}\"}}\n", wire::payload(number, PAYLOAD_BYTES));
+    let body: String = (0..MANY).map(line).collect();
+    let mut socket = TcpStream::connect(address).expect("the gateway listens");
+    let mut answers = socket.try_clone().expect("a socket can be cloned");
+    let answers = std::thread::spawn(move || {
+        let mut text = vec![];
+        answers.read_to_end(&mut text).expect("the gateway answers");
+        String::from_utf8(text).expect("answers are text")
+    });
+    let head = format!(
+        "POST /events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/x-ndjson\r\n\
+         Content-Length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes()).expect("the gateway listens");
+    socket.write_all(body.as_bytes()).expect("the gateway listens");
+    let stored = answers.join().expect("nothing panics").matches("\"duplicate\":false").count();
+    assert_eq!(stored, MANY as usize, "each line is answered");
     Took { all: began.elapsed(), median: Duration::ZERO }
 }
 
