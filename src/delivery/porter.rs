@@ -92,7 +92,7 @@ impl Porter {
                 Happened::Arrived(None) => return,
                 Happened::Arrived(Some(stream)) => {
                     let number = self.keep(stream);
-                    self.have(number, Stream::attend);
+                    self.have(number, Stream::begin);
                     if drains {
                         self.have(number, Stream::drain);
                     }

@@ -32,8 +32,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_millis(250);
 /// Bytes that a client may send after its request, all ignored, before it is taken for broken.
 const UNASKED_BYTES_MAX: u32 = 64 * 1024;
-/// Frames that one write carries at most; the kernel takes 1,024 pieces.
-const PIECES_MAX: usize = 64;
+/// Pieces that one write carries at most; the kernel takes 1,024.
+const PIECES_MAX: usize = 256;
 
 /// Why a stream has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,9 +95,10 @@ struct Held {
 }
 
 /// What is being written.
-enum Words {
-    Plain(Bytes),
-    Frames(VecDeque<Frame>),
+struct Words {
+    /// What comes before the frames, and is no event.
+    plain: Bytes,
+    frames: VecDeque<Frame>,
 }
 
 /// The end of a client's right to its stream, where that has one.
@@ -138,7 +139,7 @@ impl Stream {
             socket,
             cursor,
             record,
-            held: Some(Box::new(Held::new(Words::Plain(opening), now, common))),
+            held: Some(Box::new(Held::new(Words::plain(opening), now, common))),
             written_at: now,
             beat_at: now + jittered(common.sse.heartbeat),
             drains: false,
@@ -162,6 +163,18 @@ impl Stream {
         self.held.as_deref().map_or_else(flowing, held)
     }
 
+    /// Writes the opening, and what there is for its client already.
+    pub fn begin(&mut self, turn: &Turn<'_>) -> Result<(), End> {
+        if let Some(held) = self.held.take() {
+            let mut words = held.words;
+            if let Poll::Ready(frames) = self.next_frames(turn) {
+                words.frames = frames.into();
+            }
+            self.write(turn, words)?;
+        }
+        self.attend(turn)
+    }
+
     /// Does what is due.
     pub fn act(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         if self.held.is_some() {
@@ -178,12 +191,15 @@ impl Stream {
     /// Takes what there is for its client and writes it, as long as the socket has room.
     pub fn flow(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         while self.held.is_none() {
-            let next = self.cursor.poll_next(&mut Context::from_waker(&turn.wakers.feeds));
-            let Poll::Ready(frames) = next else { break };
+            let Poll::Ready(frames) = self.next_frames(turn) else { break };
             self.written_at = turn.now;
-            self.write(turn, Words::Frames(frames.into()))?;
+            self.write(turn, Words { plain: Bytes::new(), frames: frames.into() })?;
         }
         Ok(())
+    }
+
+    fn next_frames(&mut self, turn: &Turn<'_>) -> Poll<Vec<Frame>> {
+        self.cursor.poll_next(&mut Context::from_waker(&turn.wakers.feeds))
     }
 
     /// Looks after the socket: ignores what its client sends, writes on where it has room again.
@@ -279,7 +295,7 @@ impl Stream {
             return Err(End::Expired);
         }
         let warning = sse::token_expiring(expiry.expires);
-        self.write(turn, Words::Plain(warning))
+        self.write(turn, Words::plain(warning))
     }
 
     fn beat(&mut self, turn: &Turn<'_>) -> Result<(), End> {
@@ -297,10 +313,10 @@ impl Stream {
         if quiet < heartbeat / 2 {
             next = next.saturating_sub(quiet);
         } else if let Some(id) = self.cursor.quiet_position() {
-            self.write(turn, Words::Plain(sse::position(&id)))?;
+            self.write(turn, Words::plain(sse::position(&id)))?;
             self.cursor.tell(&self.record.whereabouts, u64::MAX);
         } else {
-            self.write(turn, Words::Plain(Bytes::from_static(sse::HEARTBEAT)))?;
+            self.write(turn, Words::plain(Bytes::from_static(sse::HEARTBEAT)))?;
         }
         self.beat_at = turn.now + next;
         Ok(())
@@ -321,9 +337,9 @@ impl Stream {
         }
         if !held.is_least && held.since + PATIENCE <= now {
             held.is_least = true;
-            if let Words::Frames(frames) = &mut held.words {
-                frames.truncate(1);
-                self.cursor.give_back_after(frames[0].sequence);
+            held.words.frames.truncate(1);
+            if let Some(first) = held.words.frames.front() {
+                self.cursor.give_back_after(first.sequence);
             }
         }
         if held.look_at <= now {
@@ -338,7 +354,7 @@ impl Stream {
         if let Wrote::All = self.write_some(turn.common, &mut words)? {
             return Ok(());
         }
-        if let Words::Plain(_) = words {
+        if words.frames.is_empty() {
             self.cursor.let_go();
         }
         self.held = Some(Box::new(Held::new(words, turn.now, turn.common)));
@@ -354,7 +370,7 @@ impl Stream {
                     wrote = Wrote::Some;
                     let metrics = &common.metrics;
                     metrics.bytes_delivered.inc_by(written as u64);
-                    metrics.writes.inc_by(u64::from(matches!(words, Words::Frames(_))));
+                    metrics.writes.inc_by(u64::from(!words.frames.is_empty()));
                     let Whole { count, reached, newest_stored } = words.take_off(written);
                     metrics.events_delivered.inc_by(count);
                     self.record.wrote(count, written);
@@ -386,7 +402,7 @@ enum Wrote {
 
 impl Held {
     fn new(words: Words, since: Instant, common: &Common) -> Held {
-        let is_least = matches!(words, Words::Plain(_));
+        let is_least = words.frames.is_empty();
         let cut_at = common.draining.is_cancelled().then_some(since + common.drain.spread);
         Held { words, since, is_least, look_at: since + common.sse.heartbeat, cut_at }
     }
@@ -402,23 +418,22 @@ struct Whole {
 }
 
 impl Words {
+    fn plain(plain: Bytes) -> Words {
+        Words { plain, frames: VecDeque::new() }
+    }
+
     fn is_empty(&self) -> bool {
-        match self {
-            Words::Plain(bytes) => bytes.is_empty(),
-            Words::Frames(frames) => frames.is_empty(),
-        }
+        self.plain.is_empty() && self.frames.is_empty()
     }
 
     fn write_to(&self, socket: &TcpStream) -> io::Result<usize> {
-        match self {
-            Words::Plain(bytes) => socket.try_write(bytes),
+        let pieces = self.frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]);
+        let mut pieces = std::iter::once(&self.plain).chain(pieces).filter(|piece| !piece.is_empty());
+        match (pieces.next(), pieces.next()) {
             // Most often there is one.
-            Words::Frames(frames) if frames.len() == 1 && frames[0].id_line.is_empty() => {
-                socket.try_write(&frames[0].block)
-            }
-            Words::Frames(frames) => {
-                let pieces = frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]);
-                let pieces = pieces.filter(|piece| !piece.is_empty()).take(PIECES_MAX);
+            (Some(only), None) => socket.try_write(only),
+            (first, second) => {
+                let pieces = first.into_iter().chain(second).chain(pieces).take(PIECES_MAX);
                 let pieces: Vec<_> = pieces.map(|piece| IoSlice::new(piece)).collect();
                 socket.try_write_vectored(&pieces)
             }
@@ -428,13 +443,10 @@ impl Words {
     /// Takes what was written off the front.
     fn take_off(&mut self, mut written: usize) -> Whole {
         let mut whole = Whole::default();
-        let frames = match self {
-            Words::Plain(bytes) => {
-                bytes.advance(written);
-                return whole;
-            }
-            Words::Frames(frames) => frames,
-        };
+        let Words { plain, frames } = self;
+        let part = plain.len().min(written);
+        plain.advance(part);
+        written -= part;
         while let Some(frame) = frames.front_mut() {
             for piece in [&mut frame.id_line, &mut frame.block] {
                 let part = piece.len().min(written);
