@@ -28,7 +28,9 @@
 //! | [`backoff`], [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
-//! `hub` because a stream pulls from its cursor, and nothing is ever pushed at it.
+//! `hub` because a stream pulls from its cursor, and nothing is ever pushed at it. Two things are made by hand that a
+//! library has, because there are thousands of each and they were measured: a stream is no task of tokio's (`porter` in
+//! [`delivery`]), and live hints do not come over async-nats (`line` in [`broker::nats`]).
 //!
 //! # Invariants
 //!

@@ -5,6 +5,10 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -143,6 +147,41 @@ fn over_http(address: SocketAddr, at_once: u32, count: u32) -> Took {
         }
         Took { all: began.elapsed() * count / times.len() as u32, median: middle(times) }
     })
+}
+
+/// How long publications take, a hundred a second, while something else goes on: in milliseconds, the median and the 99th
+/// percentile. Nobody reads their subject. Zeros where nothing can be published over HTTP.
+pub fn while_it_takes(target: &Target, work: impl FnOnce()) -> (f64, f64) {
+    if target.is_floor() {
+        work();
+        return (0.0, 0.0);
+    }
+    let (address, is_over) = (target.address, Arc::new(AtomicBool::new(false)));
+    let publisher = std::thread::spawn({
+        let is_over = is_over.clone();
+        move || {
+            let mut socket = TcpStream::connect(address).expect("the gateway listens");
+            socket.set_nodelay(true).expect("a socket of our own");
+            let (mut times, mut answer) = (vec![], [0; 4096]);
+            while !is_over.load(Ordering::Acquire) {
+                let began = Instant::now();
+                let request = b"POST /events/unread HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello";
+                socket.write_all(request).expect("the gateway listens");
+                let mut read = 0;
+                while !answer[..read].ends_with(b"}") {
+                    read += socket.read(&mut answer[read..]).expect("the gateway answers");
+                }
+                assert!(answer.starts_with(b"HTTP/1.1 201 "), "{}", String::from_utf8_lossy(&answer[..read]));
+                times.push(began.elapsed().as_secs_f64() * 1e3);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            times.sort_by(f64::total_cmp);
+            (times[times.len() / 2], times[times.len() * 99 / 100])
+        }
+    });
+    work();
+    is_over.store(true, Ordering::Release);
+    publisher.join().expect("it does not panic")
 }
 
 /// Publishes as leanly as async-nats can: one inbox, a message id each, so many waiting for their acknowledgements.
