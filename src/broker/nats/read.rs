@@ -76,14 +76,14 @@ impl History {
             "batch": self.page_events,
             "max_bytes": self.page_bytes,
         });
-        let Batch { events, end } = match self.batches.get(&query).await {
+        let batch = match self.batches.get(&query).await {
             // Direct reads were switched off: the leader tells as well, only slowly.
             Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
             batch => batch?,
         };
+        let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
 
         let proven = events.last().map_or(start, |event| event.sequence);
-        self.wait_for_leader_to_drop(&events, start, &filter).await?;
         let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
         let mut page = Page { epoch: bounds.epoch, start, first: bounds.first, events, proven, more: false };
         let leader_goes_on = match end {
@@ -157,19 +157,24 @@ impl History {
     }
 
     /// Limits and purges take hold on each replica at its own time: the one that was read may have dropped what the
-    /// leader still has. Waits until the leader has nothing before what was shown, either: asked after that, it says
-    /// whether something was dropped there.
-    async fn wait_for_leader_to_drop(&self, shown: &[Event], start: u64, filter: &str) -> Result<(), BrokerError> {
-        let Some(oldest) = shown.first().map(|event| event.sequence).filter(|oldest| *oldest > start + 1) else {
-            return Ok(());
-        };
-        for _ in 0..LEADER_TRIES {
-            match self.leader.next(start + 1, filter).await? {
-                Some(found) if found.sequence < oldest => tokio::time::sleep(LEADER_PAUSE).await,
-                Some(_) | None => return Ok(()),
+    /// leader still has. That is taken from the leader, until it has nothing before what was shown, either: asked after
+    /// that, it says whether something was dropped there.
+    async fn fill_in(&self, batch: Batch, start: u64, filter: &str) -> Result<Batch, BrokerError> {
+        let Some(oldest) = batch.events.first().map(|event| event.sequence) else { return Ok(batch) };
+        let (mut events, mut bytes, mut after) = (vec![], 0, start);
+        while after + 1 < oldest {
+            let found = self.leader.next(after + 1, filter).await?;
+            let Some(found) = found.filter(|found| found.sequence < oldest) else { break };
+            if events.len() == self.page_events || bytes >= self.page_bytes {
+                return Ok(Batch { events, end: End::Broken });
             }
+            after = found.sequence;
+            let event = found.event(&self.batches.prefix).ok_or_else(|| unreadable(after))?;
+            bytes += event.payload.len();
+            events.push(event);
         }
-        Err(BrokerError::Unavailable(format!("the stream's leader keeps what a replica has dropped before {oldest}")))
+        events.extend(batch.events);
+        Ok(Batch { events, end: batch.end })
     }
 
     /// The stream as the leader knows it once it has stored `sequence`, which a replica has shown.
