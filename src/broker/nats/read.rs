@@ -81,6 +81,7 @@ impl History {
             Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
             batch => batch?,
         };
+        self.check_that_nothing_was_dropped_meanwhile(&batch, &filter).await?;
         let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
 
         let proven = events.last().map_or(start, |event| event.sequence);
@@ -154,6 +155,19 @@ impl History {
         page.epoch = bounds.epoch;
         page.first = page.first.max(bounds.first);
         Ok(())
+    }
+
+    /// What a replica drops while it reads a batch leaves holes within it. It drops from the oldest on: as long as it has
+    /// the batch's first event, it has dropped none of the others. (The replica that answers is the one that the
+    /// connection's server has at hand, each time.)
+    async fn check_that_nothing_was_dropped_meanwhile(&self, batch: &Batch, filter: &str) -> Result<(), BrokerError> {
+        let has_holes = batch.events.windows(2).any(|pair| pair[0].sequence + 1 < pair[1].sequence);
+        let Some(first) = batch.events.first().map(|event| event.sequence).filter(|_| has_holes) else { return Ok(()) };
+        let again = self.batches.get(&json!({ "seq": first, "next_by_subj": filter, "batch": 1 })).await?;
+        match again.events.first().is_some_and(|event| event.sequence == first) {
+            true => Ok(()),
+            false => Err(BrokerError::Unavailable(format!("{first} was dropped while what follows it was read"))),
+        }
     }
 
     /// Limits and purges take hold on each replica at its own time: the one that was read may have dropped what the
