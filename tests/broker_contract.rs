@@ -1,27 +1,26 @@
 //! What every broker keeps, embedded or not: one suite, run against each.
 
-#[path = "support/nats.rs"]
-mod nats_server;
+mod support;
 
 use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
-use futures_util::StreamExt;
 use jiff::Timestamp;
 use tidegate::{
     broker::{
-        Broker, Condition, From, Hint, Hints, Page, Publication, PublishError, Published, Read, SnapshotRead,
-        embedded::Embedded, nats::Nats,
+        Broker, Condition, From, Page, Publication, PublishError, Published, Read, SnapshotRead, embedded::Embedded,
+        nats::Nats,
     },
     config::{Config, History},
     event::{Epoch, Event, EventId, EventType},
     subject::{Filter, Subject},
 };
 
-use nats_server::NatsServer;
-
-/// How long anything may take that is bound to happen.
-const PATIENCE: Duration = Duration::from_secs(10);
+use support::{
+    PATIENCE,
+    broker::{eventually, filter, on, sequences, stored, stored_after},
+    nats::NatsServer,
+};
 
 /// Small pages, so that few events fill them.
 const HISTORY: History = History { page_events: 5, page_bytes: 4000, concurrency: 4, shared_pages: 4 };
@@ -388,8 +387,8 @@ async fn hints_name_the_event_and_the_one_before(broker: &dyn Broker) {
     publish(broker, on("b")).await.unwrap();
     publish(broker, on("a")).await.unwrap();
 
-    let (first, before_first) = stored(&mut hints).await;
-    let (second, before_second) = stored(&mut hints).await;
+    let (first, before_first) = stored_after(&mut hints).await;
+    let (second, before_second) = stored_after(&mut hints).await;
 
     assert_eq!((first.sequence, before_first, second.sequence, before_second), (1, 0, 3, 1));
     assert_eq!((first.kind.clone(), first.payload.clone()), (kind, "one".into()));
@@ -403,9 +402,9 @@ async fn hints_follow_the_filter(broker: &dyn Broker) {
         publish(broker, on(subject)).await.unwrap();
     }
     for wanted in [1, 3, 4] {
-        assert_eq!(stored(&mut wild).await.0.sequence, wanted);
+        assert_eq!(stored(&mut wild).await.sequence, wanted);
     }
-    assert_eq!(stored(&mut exact).await.0.sequence, 3);
+    assert_eq!(stored(&mut exact).await.sequence, 3);
 }
 
 async fn whoever_listens_hears_what_is_stored_from_then_on(broker: &dyn Broker) {
@@ -413,7 +412,7 @@ async fn whoever_listens_hears_what_is_stored_from_then_on(broker: &dyn Broker) 
         let subject = format!("a.{number}");
         let mut hints = broker.live(&filter(&subject)).await.unwrap();
         publish(broker, on(&subject)).await.unwrap();
-        assert_eq!(stored(&mut hints).await.0.sequence, number);
+        assert_eq!(stored(&mut hints).await.sequence, number);
     }
 }
 
@@ -464,31 +463,12 @@ async fn a_broker_is_ready_and_says_what_it_is(broker: &dyn Broker) {
     assert!(!broker.doubts().has_changed().unwrap());
 }
 
-fn on(subject: &str) -> Publication {
-    Publication {
-        subject: Subject::parse(subject).unwrap(),
-        kind: None,
-        payload: Bytes::from_static(b"{}"),
-        ttl: None,
-        key: None,
-        condition: None,
-    }
-}
-
 fn if_last(id: EventId) -> Publication {
     Publication { condition: Some(Condition::LastIs(id)), ..on("a") }
 }
 
-fn filter(text: &str) -> Filter {
-    Filter::parse(text).unwrap()
-}
-
 fn subjects(texts: &[&str]) -> Vec<Subject> {
     texts.iter().map(|text| Subject::parse(text).unwrap()).collect()
-}
-
-fn sequences(events: &[Event]) -> Vec<u64> {
-    events.iter().map(|event| event.sequence).collect()
 }
 
 async fn publish(broker: &dyn Broker, publication: Publication) -> Result<Published, PublishError> {
@@ -510,21 +490,4 @@ async fn read_all(broker: &dyn Broker, filter: &str) -> Vec<Event> {
             return all;
         }
     }
-}
-
-async fn stored(hints: &mut Hints) -> (Event, u64) {
-    match tokio::time::timeout(PATIENCE, hints.next()).await.expect("a hint in time") {
-        Some(Hint::Stored { event, previous }) => (event, previous),
-        other => panic!("{other:?}"),
-    }
-}
-
-/// Asks until it is so.
-async fn eventually(mut so: impl AsyncFnMut() -> bool) {
-    let asking = async {
-        while !so().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, asking).await.expect("in time");
 }

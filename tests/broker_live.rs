@@ -8,24 +8,22 @@ use std::{
     net::TcpStream,
     path::PathBuf,
     process::{Command, Stdio},
-    time::Duration,
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use futures_util::{StreamExt, future};
+use futures_util::future;
 use nkeys::KeyPair;
 use serde_json::{Value, json};
 use support::{
     PATIENCE,
+    broker::{eventually, filter, next, on, stored},
     gateway::Launch,
     http::Request,
     nats::{NatsServer, free_address},
 };
 use tidegate::{
-    broker::{Broker, Health, Hint, Hints, Publication, Publish, nats::Nats},
+    broker::{Broker, Health, Hint, Hints, Publish, nats::Nats},
     config::{self, Config},
-    event::Event,
-    subject::{Filter, Subject},
 };
 
 #[tokio::test]
@@ -41,12 +39,12 @@ async fn after_a_crash_ten_thousand_listeners_hear_again() {
     let (mut doubts, connections) = (broker.doubts(), broker.link().connections);
 
     server.kill();
-    eventually(|| matches!(broker.health(), Health::Away(_))).await;
+    eventually(async || matches!(broker.health(), Health::Away(_))).await;
     assert!(broker.live(&filter("b")).await.is_err(), "nobody could tell the server");
     server.resume();
 
     tokio::time::timeout(PATIENCE, doubts.changed()).await.expect("a doubt in time").unwrap();
-    eventually(|| broker.health() == Health::Ready).await;
+    eventually(async || broker.health() == Health::Ready).await;
     assert!(broker.link().connections > connections);
     for number in [0, 4_999, 9_999] {
         publish(&broker, &subjects[number]).await;
@@ -108,7 +106,7 @@ async fn a_server_that_is_about_to_stop_is_left_for_another() {
     let connections = broker.link().connections;
 
     first.go_lame();
-    eventually(|| broker.link().connections > connections).await;
+    eventually(async || broker.link().connections > connections).await;
 
     let republished = "Nats-Stream: EVENTS\r\nNats-Subject: events.a\r\nNats-Sequence: 7\r\n\
                        Nats-Time-Stamp: 2026-01-02T03:04:05Z\r\nNats-Last-Sequence: 0\r\n";
@@ -255,38 +253,11 @@ async fn connect(settings: &config::Nats) -> Nats {
     try_connect(settings).await.unwrap()
 }
 
-fn filter(text: &str) -> Filter {
-    Filter::parse(text).unwrap()
-}
-
 async fn listen(broker: &Nats, text: &str) -> Hints {
     broker.live(&filter(text)).await.unwrap()
 }
 
 /// The sequence of the event.
 async fn publish(broker: &Nats, subject: &str) -> u64 {
-    let subject = Subject::parse(subject).unwrap();
-    let publication = Publication { subject, kind: None, payload: "{}".into(), ttl: None, key: None, condition: None };
-    broker.publish(publication).await.unwrap().await.unwrap().id.sequence
-}
-
-async fn next(hints: &mut Hints) -> Hint {
-    tokio::time::timeout(PATIENCE, hints.next()).await.expect("a hint in time").expect("hints go on")
-}
-
-async fn stored(hints: &mut Hints) -> Event {
-    match next(hints).await {
-        Hint::Stored { event, .. } => event,
-        Hint::Lost => panic!("a hint was lost"),
-    }
-}
-
-/// Looks until it is so.
-async fn eventually(so: impl Fn() -> bool) {
-    let looking = async {
-        while !so() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, looking).await.expect("in time");
+    broker.publish(on(subject)).await.unwrap().await.unwrap().id.sequence
 }

@@ -1,7 +1,6 @@
 //! What is particular to NATS: refusals at start, streams that change under a gateway, servers that go away.
 
-#[path = "support/nats.rs"]
-mod nats_server;
+mod support;
 
 use std::{
     io::{BufRead, BufReader, Read as _, Write},
@@ -14,21 +13,22 @@ use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tidegate::{
-    broker::{Broker, Condition, From, Health, Hint, Hints, Publication, Publish, PublishError, Read, nats::Nats},
+    broker::{Broker, Condition, From, Health, Hint, Publication, Publish, PublishError, Read, nats::Nats},
     config::{self, History},
-    event::Event,
     hub::{self, Hub, Start, StartAt},
     metrics::Metrics,
     shutdown::Tasks,
     sse::Format,
-    subject::{Filter, Subject},
+    subject::Subject,
 };
 use tokio::{runtime::Handle, sync::watch};
 
-use nats_server::NatsServer;
+use support::{
+    PATIENCE,
+    broker::{eventually, filter, on, sequences, stored},
+    nats::NatsServer,
+};
 
-/// How long anything may take that is bound to happen.
-const PATIENCE: Duration = Duration::from_secs(10);
 const HISTORY: History = History { page_events: 100, page_bytes: 100_000, concurrency: 4, shared_pages: 4 };
 const EVENT_BYTES: usize = 100_000;
 
@@ -669,40 +669,10 @@ impl Operator {
     }
 }
 
-fn on(subject: &str) -> Publication {
-    let subject = Subject::parse(subject).unwrap();
-    Publication { subject, kind: None, payload: "{}".into(), ttl: None, key: None, condition: None }
-}
-
-fn filter(text: &str) -> Filter {
-    Filter::parse(text).unwrap()
-}
-
 fn all(filter: &str) -> Read {
     Read { filter: self::filter(filter), from: From::After(0), until: 0 }
 }
 
-fn sequences(events: &[Event]) -> Vec<u64> {
-    events.iter().map(|event| event.sequence).collect()
-}
-
-async fn stored(hints: &mut Hints) -> Event {
-    match tokio::time::timeout(PATIENCE, hints.next()).await.expect("a hint in time") {
-        Some(Hint::Stored { event, .. }) => event,
-        other => panic!("{other:?}"),
-    }
-}
-
 async fn moved(doubts: &mut watch::Receiver<u64>) {
     tokio::time::timeout(PATIENCE, doubts.changed()).await.expect("a doubt in time").unwrap();
-}
-
-/// Asks until it is so.
-async fn eventually(mut so: impl AsyncFnMut() -> bool) {
-    let asking = async {
-        while !so().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, asking).await.expect("in time");
 }

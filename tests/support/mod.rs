@@ -8,6 +8,7 @@
 #![allow(dead_code)]
 
 pub mod backend;
+pub mod broker;
 pub mod browser;
 pub mod cut;
 pub mod gateway;
