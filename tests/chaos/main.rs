@@ -24,6 +24,7 @@ use std::{
     collections::HashMap,
     fmt::Write,
     net::SocketAddr,
+    panic::{self, AssertUnwindSafe},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -49,6 +50,8 @@ const WILD_TOPICS: usize = 2;
 const RATE: u64 = if cfg!(debug_assertions) { 1200 } else { 8000 };
 /// Events around a violation that are shown, on either side.
 const SHOWN: usize = 8;
+/// Lines in which a failure is told once more, at the very end.
+const BRIEF: usize = 10;
 
 #[test]
 #[ignore = "two minutes of faults: cargo test --test chaos -- --ignored"]
@@ -68,8 +71,22 @@ fn every_client_gets_every_event_once_and_in_order_whatever_happens() {
         println!("CHAOS_SEED={seed} CHAOS_RATE={rate} CHAOS_SECONDS={}", time.as_secs());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build();
         let runtime = runtime.expect("a runtime starts");
-        runtime.block_on(run(seed, time, rate));
+        let outcome = panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(run(seed, time, rate))));
+        if let Err(panic) = outcome {
+            // Gateways and nginx have shown what they logged: whoever sees only the end of it all learns what was wrong.
+            eprintln!(
+                "CHAOS_SEED={seed}, in brief:\n{}",
+                brief(panic.downcast_ref::<String>().map_or("", String::as_str))
+            );
+            panic::resume_unwind(panic);
+        }
     }
+}
+
+/// What is wrong, without what happened around it.
+fn brief(complaints: &str) -> String {
+    let is_heading = |line: &&str| !line.starts_with("   ") && !line.starts_with("  >");
+    complaints.lines().filter(is_heading).take(BRIEF).map(|line| format!("{line:.300}\n")).collect()
 }
 
 async fn run(seed: u64, time: Duration, rate: usize) {
