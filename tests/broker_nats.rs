@@ -25,8 +25,9 @@ use tokio::{runtime::Handle, sync::watch};
 
 use support::{
     PATIENCE,
-    broker::{eventually, filter, on, sequences, stored},
-    nats::NatsServer,
+    broker::{eventually, filter, next, on, sequences, stored},
+    cut::{Cut, Flow},
+    nats::{Cluster, NatsServer},
 };
 
 const HISTORY: History = History { page_events: 100, page_bytes: 100_000, concurrency: 4, shared_pages: 4 };
@@ -380,6 +381,66 @@ async fn a_stream_made_anew_is_another_epoch() {
     assert_eq!(broker.publish(stale).await.map(|_| ()).unwrap_err(), PublishError::ConditionFailed);
     let new = broker.publish(on("a")).await.unwrap().await.unwrap().id;
     assert_eq!((new.epoch, new.sequence), (page.epoch, 1));
+}
+
+#[tokio::test]
+async fn hints_are_of_the_stream_that_is_there_though_its_leader_is_slow_to_say_which() {
+    let server = NatsServer::start();
+    let cut = Cut::before(&[server.address().parse().unwrap()]).await;
+    let settings = config::Nats { url: format!("nats://{}", cut.addresses[0]), ..server.settings() };
+    let broker = connect(&settings).await;
+    let mut hints = broker.live(&filter("a")).await.unwrap();
+    let old = broker.publish(on("a")).await.unwrap().await.unwrap().id;
+    assert!(matches!(next(&mut hints).await, Hint::Stored { epoch, .. } if epoch == old.epoch));
+    let operator = Operator::new(&server).await;
+    let config = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
+
+    cut.set(Flow::OneHeld("requests"));
+    operator.ask("STREAM.DELETE.EVENTS", Value::Null).await;
+    operator.ask("STREAM.CREATE.EVENTS", config).await;
+    // Nothing about these betrays that they are of another stream.
+    for subject in ["b", "a", "a"] {
+        operator.client.request(format!("events.{subject}"), "new".into()).await.unwrap();
+    }
+    // A round trip on the same connection: by now they have come.
+    let _other = broker.live(&filter("c")).await.unwrap();
+    cut.set(Flow::Whole);
+
+    for sequence in 2..=3 {
+        let Hint::Stored { event, epoch, .. } = next(&mut hints).await else { panic!("a hint was lost") };
+        assert_eq!(event.sequence, sequence);
+        assert_eq!(epoch, broker.bounds().await.unwrap().epoch);
+        assert_ne!(epoch, old.epoch);
+    }
+}
+
+#[tokio::test]
+async fn a_leader_whom_nobody_follows_any_more_is_not_believed() {
+    let cluster = Cluster::start();
+    let replicated = |node: &NatsServer| {
+        let settings = node.settings();
+        let stream = config::NatsStream { replicas: 3, ..settings.stream };
+        config::Nats { stream, request_timeout: Duration::from_secs(1), ..settings }
+    };
+    // They have yet to elect who makes streams.
+    eventually(async || Nats::connect(&replicated(&cluster.nodes[0]), &HISTORY, EVENT_BYTES).await.is_ok()).await;
+    let operator = Operator::new(&cluster.nodes[0]).await;
+    let leader = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["cluster"]["leader"].take();
+    let is_leader = |number: &usize| leader == format!("node-{number}");
+    let leader = &cluster.nodes[(0..3).find(is_leader).expect("one of ours leads")];
+    let broker = connect(&replicated(leader)).await;
+    let stored = broker.publish(on("a")).await.unwrap().await.unwrap().id;
+    let nothing = || async { broker.read(Read { from: From::After(stored.sequence), ..all("a") }).await };
+    assert_eq!(nothing().await.unwrap().proven, stored.sequence);
+
+    let others = || cluster.nodes.iter().filter(|node| node.address() != leader.address());
+    others().for_each(NatsServer::freeze);
+    eventually(async || broker.bounds().await.is_err()).await;
+    assert!(nothing().await.is_err());
+    assert!(matches!(broker.health(), Health::Away(why) if why.contains("deposed")));
+
+    others().for_each(NatsServer::thaw);
+    eventually(async || nothing().await.is_ok_and(|page| page.proven == stored.sequence)).await;
 }
 
 #[tokio::test]

@@ -158,7 +158,7 @@ impl Embedded {
         let time = Timestamp::now().max(newest.unwrap_or(Timestamp::MIN));
         let expires = ttl.and_then(|ttl| time.checked_add(ttl).ok());
         let event = Event { sequence, subject, time, expires, kind, payload };
-        log.tell(&event, previous);
+        log.tell(&event, previous, self.epoch);
         log.append(event);
         log.evict(&self.limits);
         Ok(published(sequence, false))
@@ -295,11 +295,11 @@ impl Log {
     }
 
     /// Hints everyone who listens.
-    fn tell(&self, event: &Event, previous: u64) {
+    fn tell(&self, event: &Event, previous: u64, epoch: Epoch) {
         let exact = self.exact.get(&event.subject).into_iter().flatten();
         let wild = self.wild.iter().filter(|(filter, _)| filter.matches(&event.subject)).map(|(_, listener)| listener);
         for listener in exact.chain(wild) {
-            listener.mailbox.put(Hint::Stored { event: event.clone(), previous });
+            listener.mailbox.put(Hint::Stored { event: event.clone(), previous, epoch });
         }
     }
 

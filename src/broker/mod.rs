@@ -136,8 +136,9 @@ pub type Hints = Pin<Box<dyn Stream<Item = Hint> + Send>>;
 /// What the broker says without being asked. May be missing, repeated or out of order.
 #[derive(Clone, Debug)]
 pub enum Hint {
-    /// An event was stored; the one before it on the same subject had sequence `previous` (0: none is kept).
-    Stored { event: Event, previous: u64 },
+    /// An event was stored in this incarnation of the stream; the one before it on the same subject had sequence
+    /// `previous` (0: none is kept).
+    Stored { event: Event, previous: u64, epoch: Epoch },
     /// At least one hint was lost on the way here.
     Lost,
 }

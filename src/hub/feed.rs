@@ -2,8 +2,8 @@
 //!
 //! # Proven
 //! A feed keeps U, the sequence up to which it is proven complete. Live hints prove nothing by themselves: on NATS,
-//! thousands of stored events may never appear live. So a hint with sequence n is taken only when everything up to n
-//! is proven:
+//! thousands of stored events may never appear live. So a hint with sequence n is taken only when it is of the feed's
+//! incarnation of the stream, and everything up to n is proven:
 //! - an exact subject: the hint names the event before it, still kept; at or below U, nothing is missing in between.
 //!   (Where none is kept, some may have been stored, lost on the way here and expired since: that is a doubt.);
 //! - a wildcard: only n = U + 1 proves itself;
@@ -24,7 +24,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
     task::Waker,
     time::Duration,
 };
@@ -57,17 +57,13 @@ const FIRST_CHECK: Duration = Duration::from_millis(750);
 pub(super) struct Feed {
     pub(super) filter: Filter,
     readers: Readers,
-    start: OnceCell<Started>,
+    /// Which incarnation of the stream the feed is about, once it has started.
+    epoch: OnceCell<Epoch>,
+    /// Ends with the feed.
+    ear: OnceLock<Ending>,
     state: Mutex<State>,
     /// Who is woken when readers have something to look at, in the order of their addresses.
     listeners: Mutex<Vec<Waker>>,
-}
-
-struct Started {
-    /// Which incarnation of the stream the feed is about.
-    epoch: Epoch,
-    /// Ends with the feed.
-    _ear: Ending,
 }
 
 #[derive(Default)]
@@ -142,30 +138,24 @@ impl Drop for Reader {
 impl Reader {
     /// Starts the feed unless it has been.
     pub(super) async fn started(&self) -> Result<Epoch, BrokerError> {
-        let start = || async {
-            let (hints, Bounds { epoch, last, .. }) = self.listen().await?;
-            self.feed.state().log = Log::from(last);
-            let tasks = &self.hub.0.tasks;
-            let ear = tasks.spawn_ending(listen(Arc::downgrade(&self.feed), self.hub.clone(), hints));
-            tasks.spawn(check_later(Arc::downgrade(&self.feed), self.hub.clone()));
-            Ok(Started { epoch, _ear: ear })
-        };
-        self.feed.start.get_or_try_init(start).await.map(|started| started.epoch)
-    }
-
-    /// Hints, and where the stream ended after they began.
-    async fn listen(&self) -> Result<(Hints, Bounds), BrokerError> {
-        let broker = &self.hub.0.broker;
-        let mut epoch = broker.bounds().await?.epoch;
-        loop {
+        let mut begun = None;
+        let start = async {
+            let broker = &self.hub.0.broker;
             // Listen before asking where the stream ends: an event stored in between must not be missed.
             let hints = broker.live(&self.feed.filter).await?;
-            let bounds = broker.bounds().await?;
-            // Made anew meanwhile: the first hints may be of another incarnation than the last, and nothing tells.
-            if std::mem::replace(&mut epoch, bounds.epoch) == bounds.epoch {
-                return Ok((hints, bounds));
-            }
+            let Bounds { epoch, last, .. } = broker.bounds().await?;
+            self.feed.state().log = Log::from(last);
+            begun = Some(hints);
+            Ok::<_, BrokerError>(epoch)
+        };
+        let epoch = *self.feed.epoch.get_or_try_init(|| start).await?;
+        if let Some(hints) = begun {
+            let tasks = &self.hub.0.tasks;
+            let ear = tasks.spawn_ending(listen(Arc::downgrade(&self.feed), self.hub.clone(), hints));
+            let _ = self.feed.ear.set(ear);
+            tasks.spawn(check_later(Arc::downgrade(&self.feed), self.hub.clone()));
         }
+        Ok(epoch)
     }
 
     /// Closes the feed, whose stream is found to be another one: whoever asks next gets a new one.
@@ -196,18 +186,19 @@ impl Feed {
         Feed {
             filter,
             readers: Readers::default(),
-            start: OnceCell::new(),
+            epoch: OnceCell::new(),
+            ear: OnceLock::new(),
             state: Mutex::default(),
             listeners: Mutex::default(),
         }
     }
 
     pub(super) fn has_started(&self) -> bool {
-        self.start.initialized()
+        self.epoch.initialized()
     }
 
     fn epoch(&self) -> Epoch {
-        self.start.get().expect("a feed is read only once it has started").epoch
+        *self.epoch.get().expect("a feed is read only once it has started")
     }
 
     /// Wakes `listener` whenever the feed moves from now on, as often as it was said.
@@ -293,7 +284,7 @@ impl Feed {
 
     /// See [`Hub::behind`].
     pub(super) fn behind(&self, epoch: Epoch, position: u64) -> Option<u64> {
-        self.start.get().filter(|started| started.epoch == epoch)?;
+        self.epoch.get().filter(|own| **own == epoch)?;
         Some(self.proven().saturating_sub(self.settled(position)))
     }
 
@@ -303,7 +294,7 @@ impl Feed {
         Seen {
             filter: self.filter.clone(),
             readers: self.readers.count(),
-            proven: self.start.get().map(|started| EventId { epoch: started.epoch, sequence }),
+            proven: self.epoch.get().map(|epoch| EventId { epoch: *epoch, sequence }),
             events: state.log.len(),
             bytes: state.log.bytes(),
             in_doubt: state.repair.is_some(),
@@ -347,7 +338,7 @@ impl Feed {
 
     fn consider(&self, hub: &Hub, state: &mut State, hint: Hint) -> Result<(), Doubt> {
         let trusts_hints = hub.0.settings.trusts_hints();
-        match state.log.consider(hint, self.filter.exact().is_some(), trusts_hints) {
+        match state.log.consider(hint, self.epoch(), self.filter.exact().is_some(), trusts_hints) {
             Err(_) if trusts_hints => Ok(()),
             considered => considered,
         }

@@ -101,12 +101,14 @@ impl Log {
     }
 
     /// Takes a hint over if everything up to it is proven: says so, or why not.
-    pub fn consider(&mut self, hint: Hint, is_exact: bool, trusts_hints: bool) -> Result<(), Doubt> {
-        let Hint::Stored { event, previous } = hint else { return Err(Doubt::new("overflow")) };
+    pub fn consider(&mut self, hint: Hint, own: Epoch, is_exact: bool, trusts_hints: bool) -> Result<(), Doubt> {
+        let Hint::Stored { event, previous, epoch } = hint else { return Err(Doubt::new("overflow")) };
+        if epoch != own {
+            return Err(Doubt::new("recreated"));
+        }
         let n = event.sequence;
         if n <= self.proven {
-            // Repeated; or the stream was made again and counts anew, which its times betray.
-            return if self.newest_is_older_than(&event) { Err(Doubt::new("sequence")) } else { Ok(()) };
+            return Ok(());
         }
         let chained = is_exact && previous > 0 && previous <= self.proven;
         if chained || n == self.proven + 1 || trusts_hints {
@@ -167,14 +169,6 @@ impl Log {
             Some(newer) => self.entries.len() - newer,
             None => self.entries.partition_point(|entry| entry.sequence <= position),
         }
-    }
-
-    fn newest_is_older_than(&self, event: &Event) -> bool {
-        let events = self.entries.iter().rev().filter_map(|entry| match &entry.content {
-            Content::Event { event, .. } => Some(event),
-            Content::Gap(_) => None,
-        });
-        events.take(1).any(|newest| newest.time < event.time)
     }
 }
 

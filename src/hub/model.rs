@@ -186,8 +186,7 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
                 Step::Cut => broker.cut(),
                 Step::Fail(requests) => broker.fail(requests),
                 Step::Lag { reads, events } => broker.lag(reads, events),
-                Step::Expire(_) | Step::Remove(_) | Step::Purge => {}
-                Step::Recreate => broker.go_silent(),
+                Step::Expire(_) | Step::Remove(_) | Step::Purge | Step::Recreate => {}
                 Step::Join { client, filters, begin } => {
                     let at = match begin {
                         Begin::WhereIs(other) => clients[other].position.clone().map(StartAt::After),

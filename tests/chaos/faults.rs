@@ -174,7 +174,7 @@ impl World {
             }
             Fault::GatewayCut => self.disturb(which, Flow::Cut, millis(&mut dice, 0..5000)).await,
             Fault::GatewayHeld => self.disturb(which, Flow::Held, millis(&mut dice, 500..6000)).await,
-            Fault::HistoryHeld => self.disturb(which, Flow::HistoryHeld, millis(&mut dice, 2000..12000)).await,
+            Fault::HistoryHeld => self.disturb(which, Flow::OneHeld("history"), millis(&mut dice, 2000..12000)).await,
             Fault::NginxReloaded => {
                 self.note(format!("{fault:?}"));
                 self.nginx.reload();

@@ -32,7 +32,7 @@ pub async fn next(hints: &mut Hints) -> Hint {
 /// The next event, and the sequence of the one before it on its subject.
 pub async fn stored_after(hints: &mut Hints) -> (Event, u64) {
     match next(hints).await {
-        Hint::Stored { event, previous } => (event, previous),
+        Hint::Stored { event, previous, .. } => (event, previous),
         Hint::Lost => panic!("a hint was lost"),
     }
 }

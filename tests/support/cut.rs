@@ -25,8 +25,8 @@ pub enum Flow {
     Cut,
     /// Connections stay, and nothing passes on them until later.
     Held,
-    /// The same for the connection on which history is read; live events go on.
-    HistoryHeld,
+    /// The same for the connections that are for this purpose; the others go on.
+    OneHeld(&'static str),
 }
 
 /// A proxy for each of some servers. Ends with its owner.
@@ -69,10 +69,10 @@ async fn carry(gateway: TcpStream, server: SocketAddr, mut flow: watch::Receiver
     let _ = (gateway.set_nodelay(true), server.set_nodelay(true));
     let (from_gateway, to_gateway) = gateway.into_split();
     let (from_server, to_server) = server.into_split();
-    let is_history = watch::Sender::new(false);
+    let purpose = watch::Sender::default();
     tokio::select! {
-        () = pass(from_gateway, to_server, flow.clone(), &is_history) => {}
-        () = pass(from_server, to_gateway, flow.clone(), &is_history) => {}
+        () = pass(from_gateway, to_server, flow.clone(), &purpose) => {}
+        () = pass(from_server, to_gateway, flow.clone(), &purpose) => {}
         _ = flow.wait_for(|flow| *flow == Flow::Cut) => {}
     }
 }
@@ -81,19 +81,21 @@ async fn pass(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     mut flow: watch::Receiver<Flow>,
-    is_history: &watch::Sender<bool>,
+    purpose: &watch::Sender<String>,
 ) {
     let mut buffer = vec![0; 65536];
     while let Ok(read @ 1..) = from.read(&mut buffer).await {
         let piece = &buffer[..read];
         // A client introduces itself once, in one piece: CONNECT {..,"name":"tidegate history",..}.
-        if piece.starts_with(b"CONNECT ") && piece.windows(16).any(|name| name == b"tidegate history") {
-            is_history.send_replace(true);
+        if piece.starts_with(b"CONNECT ") {
+            let words = String::from_utf8_lossy(piece);
+            let name = words.split_once("\"tidegate ").and_then(|(_, rest)| rest.split('"').next());
+            purpose.send_replace(name.unwrap_or_default().to_owned());
         }
         let passes = |flow: &Flow| match flow {
             Flow::Whole | Flow::Cut => true,
             Flow::Held => false,
-            Flow::HistoryHeld => !*is_history.borrow(),
+            Flow::OneHeld(held) => *purpose.borrow() != *held,
         };
         if flow.wait_for(passes).await.is_err() || to.write_all(piece).await.is_err() {
             return;

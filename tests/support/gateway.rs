@@ -210,7 +210,7 @@ impl Gateway {
 
     /// SIGSTOP: it keeps its connections and does nothing.
     pub fn freeze(&mut self) {
-        self.signal("STOP");
+        super::freeze(self.process().child.id());
     }
 
     pub fn thaw(&mut self) {
@@ -218,9 +218,7 @@ impl Gateway {
     }
 
     fn signal(&mut self, name: &str) {
-        let pid = self.process().child.id().to_string();
-        let sent = Command::new("sh").args(["-c", "kill -$0 \"$1\"", name, &pid]).status();
-        assert!(sent.expect("there is a shell").success(), "SIG{name} could not be sent");
+        super::signal(self.process().child.id(), name);
     }
 
     /// Waits until it says that it is draining.

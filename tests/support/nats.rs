@@ -1,8 +1,5 @@
 //! Real nats-servers for tests: started on a free port of the loopback, with a store of their own, killed when dropped.
 
-// Each test program uses a part of this.
-#![allow(dead_code)]
-
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
@@ -77,21 +74,16 @@ impl NatsServer {
 
     /// Stops the server's time: it keeps its connections and answers nothing.
     pub fn freeze(&self) {
-        self.signal("-STOP");
+        super::freeze(self.child.id());
     }
 
     pub fn thaw(&self) {
-        self.signal("-CONT");
+        super::signal(self.child.id(), "CONT");
     }
 
     /// Has it ask its clients to go elsewhere, as before it is stopped for maintenance.
     pub fn go_lame(&self) {
-        self.signal("-USR2");
-    }
-
-    fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
-        assert!(sent.success());
+        super::signal(self.child.id(), "USR2");
     }
 
     pub fn address(&self) -> String {
@@ -126,15 +118,20 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts the servers. They have yet to find each other and to elect whoever decides on streams.
+    /// Starts the servers. They have yet to find each other and to elect whoever decides on streams. Clients are not told
+    /// of the other servers: they know those that they shall know.
     pub fn start() -> Cluster {
+        Cluster::with("no_advertise: true", "")
+    }
+
+    /// The same with these settings of its nodes, within `cluster` and beside it.
+    pub fn with(within: &str, beside: &str) -> Cluster {
         let routes = [0; 3].map(|_| free_address().port());
         let urls = routes.map(|port| format!("\"nats-route://127.0.0.1:{port}\"")).join(", ");
         let nodes = std::array::from_fn(|n| {
-            // Clients are not told of the other servers: they know those that they shall know.
             NatsServer::with(&format!(
-                "server_name: node-{n}\n\
-                 cluster {{ name: tide, listen: \"127.0.0.1:{}\", no_advertise: true, routes: [{urls}] }}",
+                "server_name: node-{n}\n{beside}\n\
+                 cluster {{ name: tide, listen: \"127.0.0.1:{}\", routes: [{urls}]\n{within} }}",
                 routes[n]
             ))
         });

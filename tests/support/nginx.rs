@@ -115,9 +115,7 @@ impl Nginx {
     }
 
     fn signal(&self, name: &str) {
-        let pid = self.child.as_ref().expect("nginx runs").id().to_string();
-        let sent = Command::new("sh").args(["-c", "kill -$0 $1", name, &pid]).status();
-        assert!(sent.expect("there is a shell").success());
+        super::signal(self.child.as_ref().expect("nginx runs").id(), name);
     }
 
     fn errors(&self) -> String {

@@ -1,10 +1,13 @@
 //! Requests to the stream's leader, whose word is final: what the stream is, what it holds, what comes next. Raw JSON,
 //! so that settings that this gateway does not know survive when it mends others.
+//!
+//! A leader that stood still while another was elected answers for a moment as if it still were it. Its word is not
+//! taken: a leader is believed for as long as nobody else can have been elected since its followers heard from it.
 
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -40,6 +43,18 @@ pub(super) mod code {
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
 const SLOW: Duration = Duration::from_millis(50);
 
+/// While a cluster makes a stream, and while it elects a leader, nobody answers questions about it: they are asked again.
+const INFO_SILENCE: Duration = Duration::from_secs(1);
+
+/// How long a follower waits for word from its leader, at least, before it has another one elected (server/raft.go).
+const ELECTION: Duration = Duration::from_secs(4);
+/// A leader from whom its followers have heard within this is not about to be deposed; and a follower that has answered
+/// within this knows whose follower it is. (A leader that stood still, or was cut off, does not notice at once that it
+/// has been deposed, and answers as if it had not been.)
+const FRESH: Duration = Duration::from_secs(2);
+/// After how long a leader is asked again that may have been deposed: it soon knows.
+const DEPOSED_PAUSE: Duration = Duration::from_millis(100);
+
 /// Why a request to JetStream brought no answer of the kind that was asked for.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(super) enum RequestError {
@@ -51,6 +66,8 @@ pub(super) enum RequestError {
     Silent(Duration),
     #[error("{} ({})", .0.description, .0.err_code)]
     Refused(Refusal),
+    #[error("whoever answered may have been deposed as the stream's leader")]
+    Deposed,
     #[error("garbled: {0}")]
     Garbled(String),
 }
@@ -79,6 +96,22 @@ pub(super) struct Info {
     pub bounds: Bounds,
     pub created: Timestamp,
     pub config: Value,
+    /// No replica can take itself for the leader but the one that said this.
+    is_undisputed: bool,
+}
+
+impl Info {
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation { epoch: self.bounds.epoch, created: self.created, last: self.bounds.last }
+    }
+
+    /// Of a stream that was made then and keeps nothing.
+    #[cfg(test)]
+    pub fn made_at(created: &str) -> Info {
+        let state = json!({ "messages": 0, "first_seq": 0, "last_seq": 0 });
+        let (bounds, created) = bounds(json!({ "created": created, "state": state })).unwrap();
+        Info { bounds, created, config: json!({}), is_undisputed: true }
+    }
 }
 
 /// Requests on one connection, with their replies in one inbox.
@@ -100,6 +133,10 @@ impl Requests {
 
     /// One JetStream API request, answered by JSON.
     pub async fn ask(&self, subject: String, body: Value) -> Result<Value, RequestError> {
+        self.ask_within(self.timeout, subject, body).await
+    }
+
+    async fn ask_within(&self, limit: Duration, subject: String, body: Value) -> Result<Value, RequestError> {
         // Not connected: async-nats would keep the request and send it when nobody wants the answer any more.
         if self.client.connection_state() != State::Connected {
             return Err(RequestError::NotConnected);
@@ -107,9 +144,9 @@ impl Requests {
         let body = if body.is_null() { Bytes::new() } else { body.to_string().into() };
         let mut reply = self.inbox.expect();
         let sent = self.client.publish_with_reply_and_headers(subject, reply.subject.clone(), HeaderMap::new(), body);
-        let sent = tokio::time::timeout(self.timeout, sent).await.map_err(|_| RequestError::NotConnected)?;
+        let sent = tokio::time::timeout(limit, sent).await.map_err(|_| RequestError::NotConnected)?;
         sent.map_err(|error| RequestError::Garbled(error.to_string()))?;
-        let message = reply.within(self.timeout).await.ok_or(RequestError::Silent(self.timeout))?;
+        let message = reply.within(limit).await.ok_or(RequestError::Silent(limit))?;
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             return Err(RequestError::NoResponders);
         }
@@ -134,10 +171,11 @@ struct Shared {
     known: Arc<Known>,
 }
 
-/// An incarnation of the stream, and the last sequence that is known of it.
+/// An incarnation of the stream, when it was made, and the last sequence that is known of it.
 #[derive(Clone, Copy)]
-struct Incarnation {
-    epoch: Epoch,
+pub(super) struct Incarnation {
+    pub epoch: Epoch,
+    pub created: Timestamp,
     last: u64,
 }
 
@@ -150,29 +188,57 @@ pub(super) struct Sending {
 
 /// What the last answer said, kept by whoever asks next.
 pub(super) struct Known {
-    incarnation: Mutex<Incarnation>,
+    present: Mutex<Incarnation>,
     /// Why the last question about the stream failed, if it did.
     trouble: Mutex<Option<String>>,
     /// What is wrong with the stream's settings, if anything is.
     misfit: Mutex<Option<String>>,
     pub doubts: watch::Sender<u64>,
-    /// How often the stream was said to have changed.
+    /// Whether word of changes would be heard.
+    is_told: AtomicBool,
+    /// How often the stream was said to have changed, or may have been said to.
     changes: AtomicU64,
-    /// What [`occasions`] were when the question was sent that `epoch` answers.
-    epoch_as_of: AtomicU64,
+    /// How often it had been when the question was sent whose answer is `present`.
+    present_as_of: AtomicU64,
+    /// When the last question was sent, if its answer was undisputed.
+    undisputed: Mutex<Option<Instant>>,
     round_trip_micros: AtomicU64,
 }
 
 impl Known {
+    pub fn new(info: &Info) -> Known {
+        Known {
+            present: Mutex::new(info.incarnation()),
+            trouble: Mutex::new(None),
+            misfit: Mutex::new(None),
+            doubts: watch::Sender::new(0),
+            is_told: AtomicBool::new(false),
+            changes: AtomicU64::new(0),
+            present_as_of: AtomicU64::new(0),
+            undisputed: Mutex::new(None),
+            round_trip_micros: AtomicU64::new(0),
+        }
+    }
+
     /// Says that live hints may have been lost.
     pub fn doubt(&self) {
         self.doubts.send_modify(|count| *count += 1);
     }
 
-    /// Says that the stream changed, and may be another one.
+    /// Says that the stream changed, or may have, and may be another one.
     pub fn change(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
         self.doubt();
+    }
+
+    /// Says whether word of changes is heard from now on.
+    pub fn is_told(&self, is_told: bool) {
+        self.is_told.store(is_told, Ordering::Release);
+    }
+
+    /// The incarnation of the stream that the last answer told of.
+    pub fn present(&self) -> Incarnation {
+        *self.lock_present()
     }
 
     /// What the last question about the stream took.
@@ -201,57 +267,56 @@ impl Known {
         }
     }
 
-    fn learn(&self, answer: &Result<Arc<Info>, RequestError>, as_of: u64) {
+    pub fn learn(&self, answer: &Result<Arc<Info>, RequestError>, as_of: u64) {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) =
             answer.as_ref().err().map(|error| error.to_string());
         if let Ok(info) = answer {
-            let Bounds { epoch, last, .. } = info.bounds;
-            let before = std::mem::replace(&mut *self.incarnation(), Incarnation { epoch, last });
-            if before.epoch == epoch {
-                self.reach(epoch, before.last);
+            let now = info.incarnation();
+            let before = std::mem::replace(&mut *self.lock_present(), now);
+            if before.epoch == now.epoch {
+                self.reach(now.epoch, before.last);
             } else {
-                tracing::warn!(%epoch, "the stream was made anew");
+                tracing::warn!(epoch = %now.epoch, "the stream was made anew");
                 self.doubt();
             }
-            self.epoch_as_of.store(as_of, Ordering::Release);
+            self.present_as_of.store(as_of, Ordering::Release);
         }
     }
 
     /// Takes note of an event that was stored.
     fn reach(&self, epoch: Epoch, sequence: u64) {
-        let mut known = self.incarnation();
-        if known.epoch == epoch {
-            known.last = known.last.max(sequence);
+        let mut present = self.lock_present();
+        if present.epoch == epoch {
+            present.last = present.last.max(sequence);
         }
     }
 
-    fn incarnation(&self) -> MutexGuard<'_, Incarnation> {
-        self.incarnation.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_undisputed(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.undisputed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_present(&self) -> MutexGuard<'_, Incarnation> {
+        self.present.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Leader {
     /// Of a stream that is known to be there, in this state.
     pub fn new(requests: Arc<Requests>, stream: String, info: &Info) -> Leader {
-        let known = Arc::new(Known {
-            incarnation: Mutex::new(Incarnation { epoch: info.bounds.epoch, last: info.bounds.last }),
-            trouble: Mutex::new(None),
-            misfit: Mutex::new(None),
-            doubts: watch::Sender::new(0),
-            changes: AtomicU64::new(0),
-            epoch_as_of: AtomicU64::new(occasions(&requests, 0)),
-            round_trip_micros: AtomicU64::new(0),
-        });
+        let known = Arc::new(Known::new(info));
         let rounds = Rounds::start({
             let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
             move || {
                 let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
                 async move {
-                    let as_of = occasions(&requests, known.changes.load(Ordering::Acquire));
+                    let as_of = known.changes.load(Ordering::Acquire);
                     let asked = Instant::now();
-                    let answer = info_of(&requests, &stream).await.map(Arc::new);
+                    let limit = requests.timeout.min(INFO_SILENCE);
+                    let answer = info_of(&requests, &stream, limit).await.map(Arc::new);
                     known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
                     known.learn(&answer, as_of);
+                    let is_undisputed = answer.as_ref().is_ok_and(|info| info.is_undisputed);
+                    *known.lock_undisputed() = is_undisputed.then_some(asked);
                     answer
                 }
             }
@@ -264,19 +329,43 @@ impl Leader {
     /// Requests of one connection are handled in order. So this is also the round trip that proves that the server has
     /// seen all that was sent before.
     pub async fn info(&self) -> Result<Arc<Info>, RequestError> {
-        self.0.info.join().await.unwrap_or(Err(RequestError::NotConnected))
+        let until = Instant::now() + self.0.requests.timeout;
+        loop {
+            match self.0.info.join().await.unwrap_or(Err(RequestError::NotConnected)) {
+                Err(RequestError::Silent(_)) if Instant::now() < until => {}
+                Err(RequestError::Deposed) if Instant::now() < until => tokio::time::sleep(DEPOSED_PAUSE).await,
+                answer => return answer,
+            }
+        }
     }
 
     /// The stored message that `query` finds, if there is one.
+    ///
+    /// # Errors
+    /// [`RequestError::Deposed`] if there is none where it was looked for, and that may not have been the leader. (What
+    /// somebody who was leader finds is there, and nothing that matches lies before it.)
     pub async fn get(&self, query: Value) -> Result<Option<Stored>, RequestError> {
         let subject = format!("$JS.API.STREAM.MSG.GET.{}", self.0.stream);
-        match self.0.requests.ask(subject, query).await {
-            Ok(mut answer) => serde_json::from_value(answer["message"].take())
-                .map(Some)
-                .map_err(|error| RequestError::Garbled(format!("a stored message: {error}"))),
-            Err(RequestError::Refused(refusal)) if refusal.err_code == code::NO_MESSAGE => Ok(None),
-            Err(error) => Err(error),
+        for is_last_try in [false, true] {
+            let undisputed = *self.0.known.lock_undisputed();
+            match self.0.requests.ask(subject.clone(), query.clone()).await {
+                Ok(mut answer) => {
+                    return serde_json::from_value(answer["message"].take())
+                        .map(Some)
+                        .map_err(|error| RequestError::Garbled(format!("a stored message: {error}")));
+                }
+                Err(RequestError::Refused(refusal)) if refusal.err_code == code::NO_MESSAGE => {
+                    if undisputed.is_some_and(|asked| asked.elapsed() < ELECTION - FRESH) {
+                        return Ok(None);
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            if !is_last_try {
+                self.info().await?;
+            }
         }
+        Err(RequestError::Deposed)
     }
 
     /// The first stored message on `filter` at `sequence` or after.
@@ -284,24 +373,23 @@ impl Leader {
         self.get(json!({ "seq": sequence, "next_by_subj": filter })).await
     }
 
-    /// The incarnation of the stream that the last answer told of.
+    /// See [`Known::present`].
     pub fn epoch(&self) -> Epoch {
-        self.0.known.incarnation().epoch
+        self.0.known.present().epoch
     }
 
     /// To be taken before a request is sent whose answer does not say of which incarnation it is.
     pub fn sending(&self) -> Sending {
-        Sending { at: Instant::now(), known: *self.0.known.incarnation() }
+        Sending { at: Instant::now(), known: self.0.known.present() }
     }
 
     /// The incarnation that answered such a request, now; `None` if it may be one or another. Asked for if it may have
-    /// changed: when this gateway was not connected, or was told of a change, or when the answer took so long that
-    /// the word of a change may have come together with it.
+    /// changed: when this gateway would not have heard of a change, or was told of one, or when the answer took so long
+    /// that the word of a change may have come together with it.
     pub async fn answered(&self, sending: Sending) -> Option<Epoch> {
-        let Shared { requests, known, .. } = &*self.0;
-        let as_of = known.epoch_as_of.load(Ordering::Acquire);
-        let known_to_last = as_of == occasions(requests, known.changes.load(Ordering::Acquire));
-        match known_to_last && sending.at.elapsed() < SLOW {
+        let known = &self.0.known;
+        let is_settled = known.present_as_of.load(Ordering::Acquire) == known.changes.load(Ordering::Acquire);
+        match is_settled && known.is_told.load(Ordering::Acquire) && sending.at.elapsed() < SLOW {
             true => (self.epoch() == sending.known.epoch).then_some(sending.known.epoch),
             false => self.asked(sending).await,
         }
@@ -332,17 +420,48 @@ impl Leader {
     }
 }
 
-/// How often the stream may have become another one: with each connection, and each time that it was said to change.
-fn occasions(requests: &Requests, changes: u64) -> u64 {
-    requests.client.statistics().connects.load(Ordering::Relaxed).wrapping_add(changes)
+/// Asks once, alone.
+pub(super) async fn info_of(requests: &Requests, stream: &str, limit: Duration) -> Result<Info, RequestError> {
+    let mut answer = requests.ask_within(limit, format!("$JS.API.STREAM.INFO.{stream}"), Value::Null).await?;
+    let config = answer["config"].take();
+    let standing = standing(&answer["cluster"]["replicas"]);
+    let (bounds, created) = bounds(answer)?;
+    match standing {
+        Standing::Deposed => Err(RequestError::Deposed),
+        standing => Ok(Info { bounds, created, config, is_undisputed: standing == Standing::Undisputed }),
+    }
 }
 
-/// Asks once, alone.
-pub(super) async fn info_of(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
-    let mut answer = requests.ask(format!("$JS.API.STREAM.INFO.{stream}"), Value::Null).await?;
-    let config = answer["config"].take();
-    let (bounds, created) = bounds(answer)?;
-    Ok(Info { bounds, created, config })
+/// What is to be thought of somebody who answers as a stream's leader.
+#[derive(Debug, PartialEq)]
+enum Standing {
+    Undisputed,
+    /// It is the leader, but another replica may not know.
+    Leader,
+    /// Others may have elected another leader.
+    Deposed,
+}
+
+/// Judges by when it heard from the others last.
+fn standing(replicas: &Value) -> Standing {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Replica {
+        /// Nanoseconds since it was heard from.
+        active: u64,
+        /// It has no connection to the rest of the cluster.
+        offline: bool,
+    }
+    // There are none beside a stream with one replica, nor where there is no cluster.
+    let replicas: Vec<Replica> = Deserialize::deserialize(replicas).unwrap_or_default();
+    let is_fresh = |replica: &&Replica| !replica.offline && Duration::from_nanos(replica.active) <= FRESH;
+    let fresh = replicas.iter().filter(is_fresh).count();
+    let offline = replicas.iter().filter(|replica| replica.offline).count();
+    match replicas.len() {
+        others if fresh + offline == others && 2 * fresh >= others => Standing::Undisputed,
+        others if 2 * fresh >= others => Standing::Leader,
+        _ => Standing::Deposed,
+    }
 }
 
 /// What the stream holds, and when it was made.
@@ -370,6 +489,25 @@ fn bounds(answer: Value) -> Result<(Bounds, Timestamp), RequestError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_leader_whom_no_majority_has_answered_may_have_been_deposed() {
+        let (fresh, stale) = (json!({ "active": 1_900_000_000 }), json!({ "active": 2_100_000_000_u64 }));
+        let offline = json!({ "active": 5_000_000, "offline": true });
+        for (replicas, wanted) in [
+            (json!(null), Standing::Undisputed),
+            (json!([fresh, fresh]), Standing::Undisputed),
+            (json!([fresh, offline]), Standing::Undisputed),
+            (json!([fresh, stale]), Standing::Leader),
+            (json!([fresh, fresh, stale, stale]), Standing::Leader),
+            (json!([stale, stale]), Standing::Deposed),
+            (json!([stale, offline]), Standing::Deposed),
+            (json!([offline, offline]), Standing::Deposed),
+            (json!([fresh, stale, offline, offline]), Standing::Deposed),
+        ] {
+            assert_eq!(standing(&replicas), wanted, "{replicas}");
+        }
+    }
 
     #[test]
     fn a_stream_that_keeps_nothing_begins_after_its_last() {

@@ -25,6 +25,7 @@ use tokio::{
 use super::{
     call::{Call, CallError, Ear},
     entrance::{Entrance, PING},
+    leader::Known,
     servers::Servers,
     start::StartError,
     switchboard::Switchboard,
@@ -53,9 +54,9 @@ pub(super) struct Line {
 }
 
 impl Line {
-    pub async fn open(entrance: Arc<Entrance>, settings: &config::Nats) -> Result<Line, StartError> {
+    pub async fn open(entrance: Arc<Entrance>, settings: &config::Nats, known: Arc<Known>) -> Result<Line, StartError> {
         let names = &settings.stream;
-        let switchboard = Arc::new(Switchboard::new(names.clone(), settings.subscription_messages));
+        let switchboard = Arc::new(Switchboard::new(names.clone(), settings.subscription_messages, known));
         let mut caller = Caller {
             servers: Servers::new(&entrance.servers),
             entrance: entrance.clone(),
@@ -87,6 +88,10 @@ impl Line {
             Ok(Err(_)) => Err(away("the connection broke")),
             Err(_) => Err(away("no answer in time")),
         }
+    }
+
+    pub fn switchboard(&self) -> Arc<Switchboard> {
+        self.switchboard.clone()
     }
 
     pub fn is_up(&self) -> bool {
@@ -166,7 +171,7 @@ impl Caller {
     async fn hear(&mut self, mut ear: Ear<impl AsyncRead + Unpin>, server: &ServerAddr) -> CallError {
         loop {
             match ear.next().await {
-                Ok(Operation::Message(message)) => self.switchboard.deliver(&message),
+                Ok(Operation::Message(message)) => self.switchboard.deliver(message),
                 Ok(Operation::Ping) => self.switchboard.answer_ping(),
                 Ok(Operation::Pong) => self.switchboard.ponged(),
                 Ok(Operation::Info(info)) => {
@@ -194,8 +199,8 @@ impl Caller {
         if complaint.to_ascii_lowercase().contains("permissions violation") {
             tracing::warn!(
                 %complaint,
-                "NATS keeps live events back: let the gateway's user subscribe below nats.stream.live_prefix \
-                 (nats/nats-server.conf has all that it needs)"
+                "NATS keeps live events back: let the gateway's user subscribe below nats.stream.live_prefix, and to \
+                 the stream's advisories (nats/nats-server.conf has all that it needs)"
             );
         } else {
             tracing::warn!(%complaint, "NATS complains of the connection of live events");
@@ -233,7 +238,7 @@ mod tests {
         net::{TcpListener, TcpStream},
     };
 
-    use super::*;
+    use super::{super::leader, *};
 
     /// Lets somebody in, answers so many pings, and says this.
     async fn serve(socket: TcpStream, pings: usize, says: &[u8]) {
@@ -265,7 +270,8 @@ mod tests {
             }
         });
 
-        let line = Line::open(Arc::new(Entrance::parse(&settings).unwrap()), &settings).await.unwrap();
+        let known = Arc::new(Known::new(&leader::Info::made_at("2026-01-02T03:04:05Z")));
+        let line = Line::open(Arc::new(Entrance::parse(&settings).unwrap()), &settings, known).await.unwrap();
 
         let mut connections = line.connections();
         let called_again = connections.wait_for(|count| *count == 5);

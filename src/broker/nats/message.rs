@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::{
     headers::{Block, Headers},
+    leader::Incarnation,
     wire,
 };
 use crate::{
@@ -26,15 +27,17 @@ pub(super) const TTL: &str = "Nats-TTL";
 /// JetStream stores one message of each id, within its window.
 pub(super) const MESSAGE_ID: &str = "Nats-Msg-Id";
 
-/// A message on a live subject. What can't be read is a hint lost.
-pub(super) fn hint(message: &wire::Message, names: &NatsStream) -> Hint {
+/// A message on a live subject, believed to be of the stream's present incarnation. What can't be read is a hint lost,
+/// and so is what was stored before that one was made.
+pub(super) fn hint(message: &wire::Message, names: &NatsStream, present: Incarnation) -> Hint {
     let headers = Block(&message.headers);
     let read = || {
         if headers.last("Nats-Stream")? != names.name {
             return None;
         }
         let previous = number(&headers, "Nats-Last-Sequence")?;
-        Some(Hint::Stored { event: event(&headers, &message.payload, &names.prefix)?, previous })
+        let event = event(&headers, &message.payload, &names.prefix)?;
+        (event.time >= present.created).then_some(Hint::Stored { event, previous, epoch: present.epoch })
     };
     read().unwrap_or(Hint::Lost)
 }
@@ -110,16 +113,21 @@ impl Stored {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::leader::Info, *};
 
     fn names() -> NatsStream {
         crate::config::Config::load(None, vec![]).unwrap().nats.stream
     }
 
+    fn present() -> Incarnation {
+        Info::made_at("2026-01-02T03:04:05.05161763Z").incarnation()
+    }
+
     fn republished(headers: &[(&str, &str)]) -> Hint {
         let lines: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let headers = [b"NATS/1.0\r\nOdd: \xff\r\n", lines.as_bytes(), b"\r\n"].concat().into();
-        hint(&wire::Message { subscription: 1, headers, payload: Bytes::from_static(b"x") }, &names())
+        let message = wire::Message { subscription: 1, headers, payload: Bytes::from_static(b"x") };
+        hint(&message, &names(), present())
     }
 
     const WHOLE: [(&str, &str); 5] = [
@@ -141,9 +149,10 @@ mod tests {
         ];
         headers.extend(WHOLE);
 
-        let Hint::Stored { event, previous } = republished(&headers) else { panic!("not read") };
+        let Hint::Stored { event, previous, epoch } = republished(&headers) else { panic!("not read") };
 
         assert_eq!((event.sequence, previous, event.subject.as_str()), (7, 5, "a"));
+        assert_eq!(epoch, present().epoch);
         assert_eq!(event.kind, None);
     }
 
@@ -154,9 +163,14 @@ mod tests {
             headers.remove(missing);
             assert!(matches!(republished(&headers), Hint::Lost), "without {missing}");
         }
-        for (name, value) in
-            [("Nats-Sequence", "-1"), ("Nats-Time-Stamp", "noon"), ("Nats-Subject", "other.a"), ("Nats-Stream", "X")]
-        {
+        for (name, value) in [
+            ("Nats-Sequence", "-1"),
+            ("Nats-Time-Stamp", "noon"),
+            // Before the stream was made.
+            ("Nats-Time-Stamp", "2026-01-02T03:04:05.05161762Z"),
+            ("Nats-Subject", "other.a"),
+            ("Nats-Stream", "X"),
+        ] {
             let mut headers = WHOLE.to_vec();
             headers.push((name, value));
             assert!(matches!(republished(&headers), Hint::Lost), "{name}: {value}");

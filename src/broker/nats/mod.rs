@@ -102,15 +102,11 @@ impl Nats {
         // A whole answer must fit: an overflow would break it off each time.
         let answer = history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8);
         let page = entrance.open("history", Some(answer)).await?;
-        let line = Line::open(entrance.clone(), settings).await?;
-
         let leader = Leader::new(requests, names.name.clone(), &info);
-        let advisories = client
-            .subscribe(format!("$JS.EVENT.ADVISORY.STREAM.*.{}", names.name))
-            .await
-            .map_err(|error| StartError::Unreachable { at: entrance.at.clone(), why: error.to_string() })?;
+        let line = Line::open(entrance.clone(), settings, leader.known().clone()).await?;
+
         let fitness = Fitness::new(names.clone(), event_bytes);
-        let watch = doubts::watch(leader.clone(), fitness, line.connections(), advisories);
+        let watch = doubts::watch(leader.clone(), fitness, line.switchboard());
         let watch = tokio::spawn(watch).abort_handle();
         Ok(Nats {
             history: History {

@@ -137,8 +137,15 @@ impl History {
         let mut bytes = 0;
         page.more = true;
         for _ in 0..messages {
-            let Some(found) = self.leader.next(page.proven.saturating_add(1), filter).await? else {
-                page.proven = page.proven.max(last);
+            let found = match self.leader.next(page.proven.saturating_add(1), filter).await {
+                Err(RequestError::Deposed) => None,
+                Ok(None) => {
+                    page.proven = page.proven.max(last);
+                    None
+                }
+                found => found?,
+            };
+            let Some(found) = found else {
                 page.more = false;
                 break;
             };

@@ -124,8 +124,6 @@ pub struct Scripted {
 struct State {
     stream: Stream,
     listeners: Vec<Listener>,
-    /// Of streams that are gone: their subscriptions go on, and hear nothing.
-    silent: Vec<Listener>,
     held_back: Vec<Hint>,
     failing: usize,
     lagging: usize,
@@ -137,8 +135,7 @@ type Listener = (Filter, mpsc::UnboundedSender<Hint>);
 impl Scripted {
     pub fn new(streams: &Streams) -> Scripted {
         let stream = streams.now().clone();
-        let state =
-            State { stream, listeners: vec![], silent: vec![], held_back: vec![], failing: 0, lagging: 0, lag: 0 };
+        let state = State { stream, listeners: vec![], held_back: vec![], failing: 0, lagging: 0, lag: 0 };
         Scripted { state: Mutex::new(state), doubts: watch::Sender::new(0) }
     }
 
@@ -158,7 +155,7 @@ impl Scripted {
         let mut before = state.stream.kept(event.sequence - 1).rev();
         let previous = before.find(|other| other.subject == event.subject).map_or(0, |other| other.sequence);
         drop(before);
-        let hint = Hint::Stored { event, previous };
+        let hint = Hint::Stored { event, previous, epoch: state.stream.epoch };
         match fate {
             Fate::Told => state.tell(&hint),
             Fate::Dropped => {}
@@ -200,14 +197,6 @@ impl Scripted {
     pub fn lag(&self, reads: usize, events: u64) {
         let mut state = self.state();
         (state.lagging, state.lag) = (reads, events);
-    }
-
-    /// As when the stream is made again: no hint says of which incarnation it is, so those of another would be believed.
-    pub fn go_silent(&self) {
-        let mut state = self.state();
-        let listeners = std::mem::take(&mut state.listeners);
-        state.silent.extend(listeners);
-        state.held_back.clear();
     }
 
     pub fn recover(&self) {
