@@ -248,7 +248,9 @@ fn storm(clients: usize, subjects: usize, missed: u32) {
 /// Clients that do not read, and then do.
 fn stalled(clients: usize, events: u32) {
     println!("\n{clients} clients that read nothing while {events} events of 1 kB pass");
-    println!("            MB empty  MB joined  MB at most  MB kernel  MB process (growth) + kernel  s to read all");
+    println!(
+        "            MB empty  MB joined  MB at most  MB kernel  MB process + kernel (beyond empty)  s to read all"
+    );
     let nats = NatsServer::start(LOAD_CORE);
     for mut target in targets(&nats, &[]).into_iter().filter(|target| !target.is_floor()) {
         let mut swarm = Clients::join(&target, clients, 1, false, None);
@@ -271,13 +273,14 @@ fn stalled(clients: usize, events: u32) {
         let read = swarm.wait(events, PATIENCE_SECONDS);
         let mega = |bytes: u64| bytes as f64 / 1e6;
         println!(
-            "{:>9} {:>10.1} {:>10.1} {:>11.1} {:>10.1} {:>29.1} {:>14.1}",
+            "{:>9} {:>10.1} {:>10.1} {:>11.1} {:>10.1} {:>19.1} {:>15.1} {:>14.1}",
             target.name,
             mega(target.empty_memory),
             mega(joined),
             mega(most),
             mega(kernel),
             mega(most + kernel),
+            mega(most + kernel - target.empty_memory),
             read.took.as_secs_f64(),
         );
     }

@@ -10,6 +10,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fmt,
+    time::Duration,
 };
 
 use tidegate::{
@@ -19,6 +20,9 @@ use tidegate::{
 };
 
 use crate::ledger::{Moment, Outcome, Token, Truth};
+
+/// How much later than it happens it may be noted that something was dropped.
+const NOTED: Duration = Duration::from_secs(1);
 
 /// What one client saw, in the order in which it saw it.
 #[derive(Clone, Debug)]
@@ -74,7 +78,8 @@ pub struct Checker<'t> {
     stored: HashMap<Epoch, Vec<(u64, Token)>>,
     /// The events that a sequence was seen to be, by whoever saw it first.
     seen: HashMap<EventId, Token>,
-    placed: HashMap<(Epoch, Token), u64>,
+    /// The sequence of an event, and when somebody first said so.
+    placed: HashMap<(Epoch, Token), (u64, Moment)>,
 }
 
 impl<'t> Checker<'t> {
@@ -84,7 +89,7 @@ impl<'t> Checker<'t> {
         for (epoch, events) in &stored {
             for (sequence, token) in events {
                 seen.insert(EventId { epoch: *epoch, sequence: *sequence }, *token);
-                placed.insert((*epoch, *token), *sequence);
+                placed.insert((*epoch, *token), (*sequence, truth.publications[*token].settled));
             }
         }
         Checker { truth, stored, seen, placed }
@@ -118,6 +123,15 @@ impl<'t> Checker<'t> {
         let events = self.stored.get(&epoch)?.iter().rev();
         let mut matching = events.filter(|(_, token)| filter.matches(&self.truth.publications[*token].subject));
         matching.next().map(|(sequence, _)| EventId { epoch, sequence: *sequence })
+    }
+
+    /// Whether an event may rightly have been stored twice, the second time before `at`: of what a stream does not keep
+    /// any more, JetStream forgets the message id when a server starts anew.
+    fn was_forgotten(&self, epoch: Epoch, token: Token, first: u64, at: Moment) -> bool {
+        let incarnation = self.truth.incarnations.iter().find(|incarnation| incarnation.epoch == epoch);
+        let firsts = incarnation.map_or(&[][..], |incarnation| &incarnation.firsts);
+        let dropped = firsts.iter().any(|(noted, oldest)| first < *oldest && *noted <= at.saturating_add(NOTED));
+        dropped || self.was_removed(token, at)
     }
 
     fn age(&self, epoch: Epoch) -> Option<usize> {
@@ -169,7 +183,7 @@ impl Case<'_, '_> {
             What::Nonsense(what) => self.complain(format!("nonsense: {what}")),
             What::Position(to) => self.moved(to, entry.at),
             What::Event(to, token) => {
-                self.deliver(to, *token);
+                self.deliver(to, *token, entry.at);
                 self.moved(to, entry.at);
             }
             What::Gap { requested, resumed, reason } => self.gap(requested, resumed, reason, entry.at),
@@ -177,7 +191,7 @@ impl Case<'_, '_> {
     }
 
     /// Whether this event was ever published, matches, comes in its turn, and is what its id says.
-    fn deliver(&mut self, to: &Position, token: Token) {
+    fn deliver(&mut self, to: &Position, token: Token, at: Moment) {
         let Some(publication) = self.checker.truth.publications.get(token) else {
             return self.complain(format!("never published: {to}, event {token}"));
         };
@@ -200,9 +214,12 @@ impl Case<'_, '_> {
         if known != token {
             self.complain(format!("{id} is event {token} here, and event {known} elsewhere"));
         }
-        let placed = *self.checker.placed.entry((id.epoch, token)).or_insert(sequence);
-        if placed != sequence {
-            self.complain(format!("event {token} has the sequence {sequence} here, and {placed} elsewhere"));
+        let (placed, since) = *self.checker.placed.entry((id.epoch, token)).or_insert((sequence, at));
+        let (first, second_at) = if placed < sequence { (placed, at) } else { (sequence, since) };
+        if placed != sequence && !self.checker.was_forgotten(id.epoch, token, first, second_at) {
+            self.complain(format!(
+                "event {token} has the sequence {sequence} here, and {placed} elsewhere, since {since:.3?}"
+            ));
         }
     }
 

@@ -26,6 +26,8 @@ pub struct Publication {
     pub begun: Moment,
     pub ttl: Option<Duration>,
     pub outcome: Outcome,
+    /// When that was known.
+    pub settled: Moment,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,14 @@ pub struct Incarnation {
     pub epoch: Epoch,
     /// The highest that the sequence of its oldest kept event ever was.
     pub first: u64,
+    /// What it was, and when that was noted.
+    pub firsts: Vec<(Moment, u64)>,
+}
+
+impl Incarnation {
+    pub fn new(epoch: Epoch, first: u64) -> Incarnation {
+        Incarnation { epoch, first, firsts: vec![] }
+    }
 }
 
 /// The removal of all events of some subjects, between these two times.
@@ -100,29 +110,35 @@ impl Ledger {
     pub fn publish(&self, subject: &Subject, ttl: Option<Duration>) -> Token {
         let begun = self.now();
         let publications = &mut self.truth().publications;
-        publications.push(Publication { subject: subject.clone(), begun, ttl, outcome: Outcome::Uncertain });
+        let (outcome, settled) = (Outcome::Uncertain, Moment::MAX);
+        publications.push(Publication { subject: subject.clone(), begun, ttl, outcome, settled });
         publications.len() - 1
     }
 
     pub fn settle(&self, token: Token, outcome: Outcome) {
-        self.truth().publications[token].outcome = outcome;
+        let settled = self.now();
+        let publication = &mut self.truth().publications[token];
+        (publication.outcome, publication.settled) = (outcome, settled);
     }
 
     /// Notes a stream that was made.
     pub fn made(&self, epoch: Epoch) {
-        self.truth().incarnations.push(Incarnation { epoch, first: 1 });
+        self.truth().incarnations.push(Incarnation::new(epoch, 1));
     }
 
     /// Notes that a stream is about to be deleted: from here to [`Ledger::made`], no acknowledgement is of any epoch.
     pub fn unmade(&self) {
-        self.truth().incarnations.push(Incarnation { epoch: Epoch::from_seed(0), first: 0 });
+        self.truth().incarnations.push(Incarnation::new(Epoch::from_seed(0), 0));
     }
 
     /// Notes the sequence of the oldest kept event of a stream.
     pub fn oldest_kept(&self, epoch: Epoch, sequence: u64) {
+        let noted = self.now();
         let mut truth = self.truth();
-        if let Some(known) = truth.incarnations.iter_mut().find(|known| known.epoch == epoch) {
-            known.first = known.first.max(sequence);
+        let known = truth.incarnations.iter_mut().find(|known| known.epoch == epoch);
+        if let Some(known) = known.filter(|known| known.first < sequence) {
+            known.first = sequence;
+            known.firsts.push((noted, sequence));
         }
     }
 

@@ -1,4 +1,5 @@
-//! The doubts: every occasion on which live hints may have been lost without notice.
+//! The doubts: every occasion on which live hints may have been lost without notice. On most of them the stream may also
+//! have been made anew, which the leader is asked about before any more hints are believed.
 
 use std::{sync::Arc, time::Duration};
 

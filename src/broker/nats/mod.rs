@@ -14,11 +14,11 @@
 //! | `call` | ...one connection to one server |
 //! | `servers` | ...which of them is next |
 //! | `wire` | ...what is said there, as bytes |
-//! | `doubts` | every occasion on which hints may have been lost |
+//! | `doubts` | every occasion on which hints may have been lost, or be of another stream |
 //! | `message`, `headers` | messages as events |
 //!
 //! Connections: one for history, whose answers hold up whatever else travels there, one for each thread that publishes,
-//! one for live hints, which is our own (see `line`), and one for all the rest.
+//! one for live hints and word of the stream's changes, which is our own (see `line`), and one for all the rest.
 
 mod batch;
 mod call;

@@ -30,11 +30,12 @@ fn truth() -> Truth {
         begun: at(token),
         ttl: None,
         outcome,
+        settled: at(token),
     };
     let old = (0..10).map(|token| publication(token, Outcome::Stored(id(OLD, token + 1))));
     let new = (10..14).map(|token| publication(token, Outcome::Stored(id(NEW, token - 9))));
     let rest = [publication(14, Outcome::Uncertain), publication(15, Outcome::Refused)];
-    let incarnation = |seed| Incarnation { epoch: Epoch::from_seed(seed), first: 1 };
+    let incarnation = |seed| Incarnation::new(Epoch::from_seed(seed), 1);
     Truth {
         publications: old.chain(new).chain(rest).collect(),
         incarnations: vec![incarnation(OLD), incarnation(NEW)],
@@ -208,6 +209,27 @@ fn what_expired_or_was_purged_may_be_missing_but_only_since_then() {
     assert!(judged(&purge("b", 5), ">", without(4)).contains("lost"), "another subject");
     assert!(judged(&purge("a", 7), ">", without(4)).contains("lost"), "purged later");
     assert!(judged(&purge("a", 2), ">", without(4)).contains("lost"), "published later");
+}
+
+#[test]
+fn an_event_may_come_twice_only_after_it_had_been_dropped() {
+    // In seconds 17 and 18.
+    let mut seen = right();
+    seen.extend([What::Event(at_id(NEW, 5), 14), What::Event(at_id(NEW, 6), 14)]);
+    let dropped = |oldest, second| {
+        let mut truth = truth();
+        truth.incarnations[1].firsts.push((at(second), oldest));
+        truth
+    };
+    assert_eq!(judged(&dropped(6, 18), ">", seen.clone()), "");
+    assert!(judged(&dropped(6, 20), ">", seen.clone()).contains("elsewhere"), "dropped later");
+    assert!(judged(&dropped(5, 18), ">", seen.clone()).contains("elsewhere"), "another was dropped");
+
+    let mut expired = truth();
+    expired.publications[14].ttl = Some(Duration::from_secs(4));
+    assert_eq!(judged(&expired, ">", seen.clone()), "");
+    expired.publications[14].ttl = Some(Duration::from_secs(5));
+    assert!(judged(&expired, ">", seen).contains("elsewhere"), "still there");
 }
 
 #[test]
