@@ -3,7 +3,7 @@
 //! publisher and nats-server; through a gateway three.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
     sync::{
         Arc,
@@ -14,11 +14,11 @@ use std::{
 
 use async_nats::HeaderMap;
 use futures_util::StreamExt;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use mio::{Events, Interest, Poll, Registry, Token};
 
 use crate::{
     PAYLOAD_BYTES, SETTINGS, median,
-    process::{BOTH_CORES, LOAD_CORE, NatsServer, Process, move_to},
+    process::{BOTH_CORES, LOAD_CORE, NatsServer, Process, SERVER_CORE, move_to},
     target::Target,
     wire,
 };
@@ -27,6 +27,8 @@ const ROUNDS: usize = 3;
 const ONE_BY_ONE: u32 = 1_000;
 const MANY: u32 = 10_000;
 const AT_ONCE: u32 = 64;
+/// The slot of what is measured while no core sleeps.
+const AWAKE: usize = 1;
 
 /// How long so many publications took together, and one of them in the median.
 struct Took {
@@ -47,40 +49,48 @@ pub fn compare() {
     };
     let rate = |took: &Took, count: u32| f64::from(count) / took.all.as_secs_f64();
 
-    let (mut one, mut bare_one, mut many, mut batch) = (vec![], vec![], vec![], vec![]);
-    let mut costs = [Duration::ZERO; 6];
+    let (mut one_by_one, mut many, mut batch) = ([vec![], vec![]], vec![], vec![]);
+    let mut costs = [Duration::ZERO; 8];
     for _ in 0..ROUNDS {
         let measured =
-            |target: &mut Target, slot: usize, costs: &mut [Duration; 6], run: &dyn Fn(&mut Target) -> Took| {
+            |target: &mut Target, slot: usize, costs: &mut [Duration; 8], run: &dyn Fn(&mut Target) -> Took| {
                 let (before, nats_before) = (target.process().cpu(), nats.cpu());
                 let took = run(target);
                 costs[2 * slot] += target.process().cpu() - before;
                 costs[2 * slot + 1] += nats.cpu() - nats_before;
                 took
             };
-        bare_one.push(bare(1, ONE_BY_ONE).median.as_secs_f64() * 1e3);
-        let took = measured(&mut target, 0, &mut costs, &|target| over_http(target.address, 1, ONE_BY_ONE));
-        one.push(took.median.as_secs_f64() * 1e3);
+        for (slot, one_by_one) in one_by_one.iter_mut().enumerate() {
+            // An idle core sleeps, and takes its time to wake: with somebody on it who has nothing to do, it does not.
+            let spin = |core| Process::start(core, "chrt", &["-i", "0", "sh", "-c", "while :; do :; done"], &[]);
+            let _awake = (slot == AWAKE).then(|| [SERVER_CORE, LOAD_CORE].map(spin));
+            let floor = bare(1, ONE_BY_ONE).median.as_secs_f64() * 1e3;
+            let took = measured(&mut target, slot, &mut costs, &|target| over_http(target.address, 1, ONE_BY_ONE));
+            one_by_one.push((floor, took.median.as_secs_f64() * 1e3));
+        }
 
         let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 1, &mut costs, &|target| over_http(target.address, AT_ONCE, MANY));
+        let took = measured(&mut target, 2, &mut costs, &|target| over_http(target.address, AT_ONCE, MANY));
         many.push((floor, rate(&took, MANY)));
 
         let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 2, &mut costs, &|target| in_a_batch(target.address));
+        let took = measured(&mut target, 3, &mut costs, &|target| in_a_batch(target.address));
         batch.push((floor, rate(&took, MANY)));
     }
     let cost = |slot: usize, count: u32| {
         let each = |cost: Duration| cost.as_secs_f64() * 1e6 / f64::from(count) / ROUNDS as f64;
         format!("gateway {:.1} us, nats-server {:.1} us of CPU each", each(costs[2 * slot]), each(costs[2 * slot + 1]))
     };
-    let (bare_one, one) = (median(bare_one.into_iter()), median(one.into_iter()));
-    println!(
-        "one by one    bare {bare_one:>8.3} ms  gateway {one:>8.3} ms  {:+.3} ms ({})",
-        one - bare_one,
-        cost(0, ONE_BY_ONE)
-    );
-    for (name, slot, rates) in [("64 at a time", 1, &many), ("a batch", 2, &batch)] {
+    for (name, slot) in [("one by one", 0), ("..cores awake", AWAKE)] {
+        let times = &one_by_one[slot];
+        let (bare, gateway) = (median(times.iter().map(|t| t.0)), median(times.iter().map(|t| t.1)));
+        let more = gateway - bare;
+        println!(
+            "{name:<13} bare {bare:>8.3} ms  gateway {gateway:>8.3} ms  {more:+.3} ms ({})",
+            cost(slot, ONE_BY_ONE)
+        );
+    }
+    for (name, slot, rates) in [("64 at a time", 2, &many), ("a batch", 3, &batch)] {
         let ratio = median(rates.iter().map(|(bare, gateway)| gateway / bare));
         let (bare, gateway) = (median(rates.iter().map(|r| r.0)), median(rates.iter().map(|r| r.1)));
         println!("{name:<13} bare {bare:>8.0}/s   gateway {gateway:>8.0}/s   x {ratio:.2} ({})", cost(slot, MANY));
@@ -112,41 +122,71 @@ fn in_a_batch(address: SocketAddr) -> Took {
     Took { all: began.elapsed(), median: Duration::ZERO }
 }
 
-/// Publishes over as many connections as there are publications at once.
+/// Publishes over as many connections as there are publications at once, and costs as little as it can.
 fn over_http(address: SocketAddr, at_once: u32, count: u32) -> Took {
-    in_runtime(async move {
-        let began = Instant::now();
-        let publishers = (0..at_once).map(|_| {
-            tokio::spawn(async move {
-                let mut socket = tokio::net::TcpStream::connect(address).await.expect("the gateway listens");
-                socket.set_nodelay(true).expect("a socket of our own");
-                let mut times = vec![];
-                let mut answer = vec![0; 4096];
-                for number in 0..count / at_once {
-                    let payload = wire::payload(number, PAYLOAD_BYTES);
-                    let length = payload.len();
-                    let request = format!(
-                        "POST /events/f0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{payload}"
-                    );
-                    let began = Instant::now();
-                    socket.write_all(request.as_bytes()).await.expect("the gateway listens");
-                    // An answer is short, and there is never more than one.
-                    let mut read = 0;
-                    while !answer[..read].ends_with(b"}") {
-                        read += socket.read(&mut answer[read..]).await.expect("the gateway answers");
-                    }
-                    assert!(answer.starts_with(b"HTTP/1.1 201 "), "{}", String::from_utf8_lossy(&answer[..read]));
-                    times.push(began.elapsed());
-                }
-                times
-            })
-        });
-        let mut times = vec![];
-        for publisher in publishers.collect::<Vec<_>>() {
-            times.extend(publisher.await.expect("publishers do not panic"));
+    let began = Instant::now();
+    let mut poll = Poll::new().expect("epoll is there");
+    let mut publishers: Vec<Publisher> =
+        (0..at_once).map(|number| Publisher::connect(address, number, poll.registry())).collect();
+    publishers.iter_mut().for_each(Publisher::publish);
+    let (mut left, mut times) = (count.saturating_sub(at_once), vec![]);
+    let mut ready = Events::with_capacity(at_once as usize);
+    while times.len() < count as usize {
+        poll.poll(&mut ready, None).expect("epoll is there");
+        for publisher in ready.iter().map(|event| event.token().0) {
+            let publisher = &mut publishers[publisher];
+            let Some(took) = publisher.answered() else { continue };
+            times.push(took);
+            if left > 0 {
+                left -= 1;
+                publisher.publish();
+            }
         }
-        Took { all: began.elapsed() * count / times.len() as u32, median: middle(times) }
-    })
+    }
+    Took { all: began.elapsed(), median: middle(times) }
+}
+
+/// A connection that publishes one event at a time.
+struct Publisher {
+    socket: mio::net::TcpStream,
+    published: u32,
+    began: Instant,
+    answer: [u8; 4096],
+    read: usize,
+}
+
+impl Publisher {
+    fn connect(address: SocketAddr, number: u32, registry: &Registry) -> Publisher {
+        let socket = TcpStream::connect(address).expect("the gateway listens");
+        let own = "a socket of our own";
+        socket.set_nodelay(true).expect(own);
+        socket.set_nonblocking(true).expect(own);
+        let mut socket = mio::net::TcpStream::from_std(socket);
+        registry.register(&mut socket, Token(number as usize), Interest::READABLE).expect(own);
+        Publisher { socket, published: 0, began: Instant::now(), answer: [0; 4096], read: 0 }
+    }
+
+    fn publish(&mut self) {
+        let payload = wire::payload(self.published, PAYLOAD_BYTES);
+        let length = payload.len();
+        let request =
+            format!("POST /events/f0 HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{payload}");
+        (self.published, self.began, self.read) = (self.published + 1, Instant::now(), 0);
+        self.socket.write_all(request.as_bytes()).expect("a request fits the socket");
+    }
+
+    /// How long the last publication took, once it is answered. An answer is short, and there is never more than one.
+    fn answered(&mut self) -> Option<Duration> {
+        match self.socket.read(&mut self.answer[self.read..]) {
+            Ok(0) => panic!("the gateway hung up"),
+            Ok(read) => self.read += read,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+            Err(error) => panic!("the gateway answers: {error}"),
+        }
+        let answer = &self.answer[..self.read];
+        assert!(answer.starts_with(b"HTTP/1.1 201 "), "{}", String::from_utf8_lossy(answer));
+        answer.ends_with(b"}").then(|| self.began.elapsed())
+    }
 }
 
 /// How long publications take, a hundred a second, while something else goes on: in milliseconds, the median and the 99th

@@ -39,7 +39,10 @@ mod stream;
 mod switchboard;
 mod wire;
 
-use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
 
 use async_nats::{Client, connection::State};
 use async_trait::async_trait;
@@ -119,6 +122,7 @@ impl Nats {
                 leader: leader.clone(),
                 page_events: history.page_events,
                 page_bytes: history.page_bytes,
+                unreadable: AtomicU64::new(0),
             },
             publisher: Publisher {
                 requests: leader.requests().clone(),
