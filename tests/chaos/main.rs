@@ -42,8 +42,9 @@ use ledger::Ledger;
 use load::Muse;
 use support::{cut::Cut, gateway::Launch, nats::Cluster, nginx::Nginx};
 
-/// How long clients may take to catch up once everything is whole again. The slowest ones read 16 kB in up to a second.
-const CATCH_UP: Duration = Duration::from_secs(60);
+/// How long clients may take to catch up once everything is whole again. The slowest ones read 16 kB in up to a second,
+/// and whoever reads everything may have a hundred thousand events to read, by small pages.
+const CATCH_UP: Duration = Duration::from_secs(120);
 /// Topics of which some clients read everything.
 const WILD_TOPICS: usize = 2;
 /// Events a second that are asked for: a debug build on two processors does not reach it by far.

@@ -87,11 +87,17 @@ impl History {
             Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
             batch => batch?,
         };
-        self.check_that_nothing_was_dropped_meanwhile(&batch, &filter).await?;
-        let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
+        let has_holes = batch.events.windows(2).any(|pair| pair[0].sequence + 1 < pair[1].sequence);
+        let suspect = batch.events.first().filter(|_| has_holes).map(|event| event.sequence);
+        let unbroken = self.check_that_nothing_was_dropped_since(suspect, &filter);
+        let whole = async {
+            let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
+            let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
+            Ok::<_, BrokerError>((events, end, bounds))
+        };
+        let ((), (events, end, bounds)) = tokio::try_join!(unbroken, whole)?;
 
         let proven = events.last().map_or(start, |event| event.sequence);
-        let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
         let mut page = Page { epoch: bounds.epoch, start, first: bounds.first, events, proven, more: false };
         let leader_goes_on = match end {
             End::Whole { pending: 1.., .. } => {
@@ -189,11 +195,10 @@ impl History {
     }
 
     /// What a replica drops while it reads a batch leaves holes within it. It drops from the oldest on: as long as it has
-    /// the batch's first event, it has dropped none of the others. (The replica that answers is the one that the
+    /// the `first` event of a batch with holes, it has dropped none of the others. (The replica that answers is the one that the
     /// connection's server has at hand, each time.)
-    async fn check_that_nothing_was_dropped_meanwhile(&self, batch: &Batch, filter: &str) -> Result<(), BrokerError> {
-        let has_holes = batch.events.windows(2).any(|pair| pair[0].sequence + 1 < pair[1].sequence);
-        let Some(first) = batch.events.first().map(|event| event.sequence).filter(|_| has_holes) else { return Ok(()) };
+    async fn check_that_nothing_was_dropped_since(&self, first: Option<u64>, filter: &str) -> Result<(), BrokerError> {
+        let Some(first) = first else { return Ok(()) };
         let again = self.batches.get(&json!({ "seq": first, "next_by_subj": filter, "batch": 1 })).await?;
         match again.events.first().is_some_and(|event| event.sequence == first) {
             true => Ok(()),
