@@ -322,7 +322,7 @@ async fn work(server: &NatsServer) -> Result<(), String> {
     let page = broker.read(whole).await.map_err(|e| said(&e))?;
     assert_eq!((page.events.len(), page.proven), (1, 2));
     let subjects = ["none"].map(|text| Subject::parse(text).unwrap());
-    broker.last(&subjects).await.map_err(|e| said(&e))?;
+    broker.last(&subjects, 0).await.map_err(|e| said(&e))?;
     Ok(())
 }
 
@@ -356,7 +356,7 @@ async fn a_purged_stream_begins_after_its_last() {
     let page = broker.read(all("a")).await.unwrap();
 
     assert_eq!((page.first, page.proven, page.events.len(), page.more), (4, 3, 0, false));
-    let last = broker.last(&[Subject::parse("a").unwrap()]).await.unwrap().unwrap();
+    let last = broker.last(&[Subject::parse("a").unwrap()], 0).await.unwrap().unwrap();
     assert_eq!((last.sequences, last.as_of), (vec![0], 3));
 }
 
@@ -417,17 +417,8 @@ async fn hints_are_of_the_stream_that_is_there_though_its_leader_is_slow_to_say_
 #[tokio::test]
 async fn a_leader_whom_nobody_follows_any_more_is_not_believed() {
     let cluster = Cluster::start();
-    let replicated = |node: &NatsServer| {
-        let settings = node.settings();
-        let stream = config::NatsStream { replicas: 3, ..settings.stream };
-        config::Nats { stream, request_timeout: Duration::from_secs(1), ..settings }
-    };
-    // They have yet to elect who makes streams.
-    eventually(async || Nats::connect(&replicated(&cluster.nodes[0]), &HISTORY, EVENT_BYTES).await.is_ok()).await;
-    let operator = Operator::new(&cluster.nodes[0]).await;
-    let leader = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["cluster"]["leader"].take();
-    let is_leader = |number: &usize| leader == format!("node-{number}");
-    let leader = &cluster.nodes[(0..3).find(is_leader).expect("one of ours leads")];
+    let operator = make_replicated(&cluster).await;
+    let leader = leader(&cluster, &operator).await;
     let broker = connect(&replicated(leader)).await;
     let stored = broker.publish(on("a")).await.unwrap().await.unwrap().id;
     let nothing = || async { broker.read(Read { from: From::After(stored.sequence), ..all("a") }).await };
@@ -667,6 +658,14 @@ async fn messages_that_break_the_connection_hold_nobody_up() {
 
     assert_eq!(sequences(&read), (1..=12).collect::<Vec<_>>());
     assert!(read.iter().skip(1).step_by(2).all(|event| &event.payload[..] == b"odd"));
+
+    // Nor as the oldest: what follows it is looked at instead.
+    Operator::new(&server).await.ask("STREAM.PURGE.EVENTS", json!({ "seq": 2 })).await;
+    eventually(async || match broker.last(&[Subject::parse("a").unwrap()], 0).await {
+        Ok(last) => last.is_some_and(|last| (last.first, &last.sequences[..]) == (3, &[11])),
+        Err(_) => false,
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -679,6 +678,25 @@ async fn two_gateways_see_the_same() {
 
     assert_eq!(stored(&mut hints).await.sequence, id.sequence);
     assert_eq!(two.bounds().await.unwrap().epoch, id.epoch);
+}
+
+/// Has a stream made with three replicas.
+async fn make_replicated(cluster: &Cluster) -> Operator {
+    // They have yet to elect who makes streams.
+    eventually(async || Nats::connect(&replicated(&cluster.nodes[0]), &HISTORY, EVENT_BYTES).await.is_ok()).await;
+    Operator::new(&cluster.nodes[0]).await
+}
+
+fn replicated(node: &NatsServer) -> config::Nats {
+    let settings = node.settings();
+    let stream = config::NatsStream { replicas: 3, ..settings.stream };
+    config::Nats { stream, ..settings }
+}
+
+async fn leader<'a>(cluster: &'a Cluster, operator: &Operator) -> &'a NatsServer {
+    let leader = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["cluster"]["leader"].take();
+    let is_leader = |number: &usize| leader == format!("node-{number}");
+    &cluster.nodes[(0..3).find(is_leader).expect("one of ours leads")]
 }
 
 async fn connect(settings: &config::Nats) -> Nats {

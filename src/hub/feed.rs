@@ -246,9 +246,10 @@ impl Feed {
     pub(super) fn audit(self: &Arc<Feed>, hub: &Hub, last: u64, known: &LastKnown) {
         let mut state = self.state();
         let log = &mut state.log;
-        // An event that was removed together with all before it is not among the last, though it was owed.
-        let nothing_removed = known.first <= log.proven() + 1;
-        if self.epoch() == known.epoch && last <= log.proven() && nothing_removed {
+        // An event that was dropped together with all before it is not among the last, though it was owed. But nothing is
+        // dropped after one that is kept.
+        let nothing_dropped = last > 0 || known.first <= log.proven() + 1;
+        if self.epoch() == known.epoch && last <= log.proven() && nothing_dropped {
             log.prove(known.as_of);
         } else {
             drop(state);

@@ -87,9 +87,7 @@ impl History {
             Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
             batch => batch?,
         };
-        let has_holes = batch.events.windows(2).any(|pair| pair[0].sequence + 1 < pair[1].sequence);
-        let suspect = batch.events.first().filter(|_| has_holes).map(|event| event.sequence);
-        let unbroken = self.check_that_nothing_was_dropped_since(suspect, &filter);
+        let unbroken = self.check_that_nothing_was_dropped_meanwhile(sequences_with_holes(&batch.events), &filter);
         let whole = async {
             let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
             let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
@@ -176,8 +174,7 @@ impl History {
         Ok(())
     }
 
-    /// The oldest sequence that the replica at hand keeps. It may have carried out limits before the leader does, so that
-    /// the leader would not tell why it shows nothing of a subject.
+    /// The oldest sequence that some replica keeps, perhaps another one than was asked before.
     async fn oldest_shown(&self) -> Result<Option<u64>, BrokerError> {
         let everything = format!("{}>", self.batches.prefix);
         let from = self.unreadable.load(Ordering::Relaxed).saturating_add(1);
@@ -194,15 +191,23 @@ impl History {
         Ok(None)
     }
 
-    /// What a replica drops while it reads a batch leaves holes within it. It drops from the oldest on: as long as it has
-    /// the `first` event of a batch with holes, it has dropped none of the others. (The replica that answers is the one that the
-    /// connection's server has at hand, each time.)
-    async fn check_that_nothing_was_dropped_since(&self, first: Option<u64>, filter: &str) -> Result<(), BrokerError> {
-        let Some(first) = first else { return Ok(()) };
-        let again = self.batches.get(&json!({ "seq": first, "next_by_subj": filter, "batch": 1 })).await?;
-        match again.events.first().is_some_and(|event| event.sequence == first) {
+    /// What a replica drops while it reads a batch leaves holes within it, and its leader may not have dropped that yet. So
+    /// it is read again, by whichever replica: one that has dropped something does not show the first event any more,
+    /// because the oldest are dropped first, and one that has not shows what is in the holes.
+    async fn check_that_nothing_was_dropped_meanwhile(&self, shown: Vec<u64>, filter: &str) -> Result<(), BrokerError> {
+        let (Some(first), Some(last)) = (shown.first(), shown.last()) else { return Ok(()) };
+        let again = json!({
+            "seq": first,
+            "next_by_subj": filter,
+            "batch": shown.len(),
+            "max_bytes": self.page_bytes,
+        });
+        let again = self.batches.get(&again).await?.events;
+        let is_first_there = again.first().is_some_and(|event| event.sequence == *first);
+        let mut others = again.iter().map(|event| event.sequence).take_while(|sequence| sequence <= last);
+        match is_first_there && others.all(|sequence| shown.binary_search(&sequence).is_ok()) {
             true => Ok(()),
-            false => Err(BrokerError::Unavailable(format!("{first} was dropped while what follows it was read"))),
+            false => Err(BrokerError::Unavailable(format!("what follows {first} changed while it was read"))),
         }
     }
 
@@ -260,7 +265,7 @@ impl History {
         }
     }
 
-    pub async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
+    pub async fn last(&self, subjects: &[Subject], since: u64) -> Result<Option<LastKnown>, BrokerError> {
         for _ in 0..ATTEMPTS {
             let before = self.leader.epoch();
             let known = match self.last_of(subjects, None).await {
@@ -269,10 +274,18 @@ impl History {
                 known => known?,
             };
             let Some((shown, sequences, as_of)) = known else { return Ok(None) };
-            let kept = self.oldest_shown().await?.unwrap_or(as_of.saturating_add(1));
+            // The replica may have carried out limits before the leader does, which would not tell then. But one that shows
+            // something has dropped nothing after it.
+            let shown_first =
+                shown.iter().map(|event| event.sequence).min().filter(|first| *first <= since.saturating_add(1));
+            let kept = match shown_first {
+                Some(first) => first,
+                None => self.oldest_shown().await?.unwrap_or(as_of.saturating_add(1)),
+            };
             let Bounds { epoch, first, .. } = self.bounds_past(&shown, as_of).await?;
             if epoch == before {
-                return Ok(Some(LastKnown { epoch, sequences, as_of, first: first.max(kept) }));
+                let first = shown_first.unwrap_or(first.max(kept));
+                return Ok(Some(LastKnown { epoch, sequences, as_of, first }));
             }
         }
         Err(BrokerError::Unavailable("the stream is being made anew".into()))
@@ -314,6 +327,14 @@ impl History {
             query["up_to_seq"] = up_to.into();
         }
         query
+    }
+}
+
+/// The sequences of a batch with holes; none of one without.
+fn sequences_with_holes(events: &[Event]) -> Vec<u64> {
+    match events.windows(2).any(|pair| pair[0].sequence + 1 < pair[1].sequence) {
+        true => events.iter().map(|event| event.sequence).collect(),
+        false => vec![],
     }
 }
 
