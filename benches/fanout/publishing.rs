@@ -18,7 +18,7 @@ use mio::{Events, Interest, Poll, Registry, Token};
 
 use crate::{
     PAYLOAD_BYTES, SETTINGS, median,
-    process::{BOTH_CORES, LOAD_CORE, NatsServer, Process, SERVER_CORE, move_to},
+    process::{BOTH_CORES, LOAD_CORE, NatsServer, Process, move_to},
     target::Target,
     wire,
 };
@@ -27,8 +27,6 @@ const ROUNDS: usize = 3;
 const ONE_BY_ONE: u32 = 1_000;
 const MANY: u32 = 10_000;
 const AT_ONCE: u32 = 64;
-/// The slot of what is measured while no core sleeps.
-const AWAKE: usize = 1;
 
 /// How long so many publications took together, and one of them in the median.
 struct Took {
@@ -49,48 +47,40 @@ pub fn compare() {
     };
     let rate = |took: &Took, count: u32| f64::from(count) / took.all.as_secs_f64();
 
-    let (mut one_by_one, mut many, mut batch) = ([vec![], vec![]], vec![], vec![]);
-    let mut costs = [Duration::ZERO; 8];
+    let (mut one, mut bare_one, mut many, mut batch) = (vec![], vec![], vec![], vec![]);
+    let mut costs = [Duration::ZERO; 6];
     for _ in 0..ROUNDS {
         let measured =
-            |target: &mut Target, slot: usize, costs: &mut [Duration; 8], run: &dyn Fn(&mut Target) -> Took| {
+            |target: &mut Target, slot: usize, costs: &mut [Duration; 6], run: &dyn Fn(&mut Target) -> Took| {
                 let (before, nats_before) = (target.process().cpu(), nats.cpu());
                 let took = run(target);
                 costs[2 * slot] += target.process().cpu() - before;
                 costs[2 * slot + 1] += nats.cpu() - nats_before;
                 took
             };
-        for (slot, one_by_one) in one_by_one.iter_mut().enumerate() {
-            // An idle core sleeps, and takes its time to wake: with somebody on it who has nothing to do, it does not.
-            let spin = |core| Process::start(core, "chrt", &["-i", "0", "sh", "-c", "while :; do :; done"], &[]);
-            let _awake = (slot == AWAKE).then(|| [SERVER_CORE, LOAD_CORE].map(spin));
-            let floor = bare(1, ONE_BY_ONE).median.as_secs_f64() * 1e3;
-            let took = measured(&mut target, slot, &mut costs, &|target| over_http(target.address, 1, ONE_BY_ONE));
-            one_by_one.push((floor, took.median.as_secs_f64() * 1e3));
-        }
+        bare_one.push(bare(1, ONE_BY_ONE).median.as_secs_f64() * 1e3);
+        let took = measured(&mut target, 0, &mut costs, &|target| over_http(target.address, 1, ONE_BY_ONE));
+        one.push(took.median.as_secs_f64() * 1e3);
 
         let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 2, &mut costs, &|target| over_http(target.address, AT_ONCE, MANY));
+        let took = measured(&mut target, 1, &mut costs, &|target| over_http(target.address, AT_ONCE, MANY));
         many.push((floor, rate(&took, MANY)));
 
         let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 3, &mut costs, &|target| in_a_batch(target.address));
+        let took = measured(&mut target, 2, &mut costs, &|target| in_a_batch(target.address));
         batch.push((floor, rate(&took, MANY)));
     }
     let cost = |slot: usize, count: u32| {
         let each = |cost: Duration| cost.as_secs_f64() * 1e6 / f64::from(count) / ROUNDS as f64;
         format!("gateway {:.1} us, nats-server {:.1} us of CPU each", each(costs[2 * slot]), each(costs[2 * slot + 1]))
     };
-    for (name, slot) in [("one by one", 0), ("..cores awake", AWAKE)] {
-        let times = &one_by_one[slot];
-        let (bare, gateway) = (median(times.iter().map(|t| t.0)), median(times.iter().map(|t| t.1)));
-        let more = gateway - bare;
-        println!(
-            "{name:<13} bare {bare:>8.3} ms  gateway {gateway:>8.3} ms  {more:+.3} ms ({})",
-            cost(slot, ONE_BY_ONE)
-        );
-    }
-    for (name, slot, rates) in [("64 at a time", 2, &many), ("a batch", 3, &batch)] {
+    let (bare_one, one) = (median(bare_one.into_iter()), median(one.into_iter()));
+    println!(
+        "one by one    bare {bare_one:>8.3} ms  gateway {one:>8.3} ms  {:+.3} ms ({})",
+        one - bare_one,
+        cost(0, ONE_BY_ONE)
+    );
+    for (name, slot, rates) in [("64 at a time", 1, &many), ("a batch", 2, &batch)] {
         let ratio = median(rates.iter().map(|(bare, gateway)| gateway / bare));
         let (bare, gateway) = (median(rates.iter().map(|r| r.0)), median(rates.iter().map(|r| r.1)));
         println!("{name:<13} bare {bare:>8.0}/s   gateway {gateway:>8.0}/s   x {ratio:.2} ({})", cost(slot, MANY));
