@@ -421,19 +421,19 @@ async fn last_sequences_are_told_in_the_order_asked(broker: &dyn Broker) {
         publish(broker, on(subject)).await.unwrap();
     }
 
-    let last = broker.last(&subjects(&["c.d", "none", "b", "a"]), 0).await.unwrap().unwrap();
+    let last = broker.last(&subjects(&["c.d", "none", "b", "a"])).await.unwrap().unwrap();
 
     assert_eq!(last.sequences, [4, 0, 2, 3]);
     assert_eq!((last.as_of, last.epoch), (5, broker.bounds().await.unwrap().epoch));
 }
 
 async fn last_sequences_of_nothing_are_told(broker: &dyn Broker) {
-    let last = broker.last(&subjects(&["none", "no.one"]), 0).await.unwrap().unwrap();
+    let last = broker.last(&subjects(&["none", "no.one"])).await.unwrap().unwrap();
     assert_eq!((last.sequences, last.as_of), (vec![0, 0], 0));
 
     publish(broker, on("a")).await.unwrap();
     publish(broker, on("b")).await.unwrap();
-    let last = broker.last(&subjects(&["none", "no.one"]), 0).await.unwrap().unwrap();
+    let last = broker.last(&subjects(&["none", "no.one"])).await.unwrap().unwrap();
     assert_eq!((last.sequences, last.as_of), (vec![0, 0], 2));
 }
 
@@ -447,7 +447,7 @@ async fn many_last_sequences_are_told_or_refused(broker: &dyn Broker) {
     }
     let mut ask: Vec<Vec<Subject>> = vec![wanted.keys().cloned().collect()];
     while let Some(some) = ask.pop() {
-        match broker.last(&some, 0).await.unwrap() {
+        match broker.last(&some).await.unwrap() {
             Some(last) => assert_eq!(last.sequences, some.iter().map(|s| wanted[s]).collect::<Vec<_>>()),
             None => {
                 assert!(some.len() > 1, "one subject's last sequence can always be told");

@@ -322,7 +322,7 @@ async fn work(server: &NatsServer) -> Result<(), String> {
     let page = broker.read(whole).await.map_err(|e| said(&e))?;
     assert_eq!((page.events.len(), page.proven), (1, 2));
     let subjects = ["none"].map(|text| Subject::parse(text).unwrap());
-    broker.last(&subjects, 0).await.map_err(|e| said(&e))?;
+    broker.last(&subjects).await.map_err(|e| said(&e))?;
     Ok(())
 }
 
@@ -356,7 +356,7 @@ async fn a_purged_stream_begins_after_its_last() {
     let page = broker.read(all("a")).await.unwrap();
 
     assert_eq!((page.first, page.proven, page.events.len(), page.more), (4, 3, 0, false));
-    let last = broker.last(&[Subject::parse("a").unwrap()], 0).await.unwrap().unwrap();
+    let last = broker.last(&[Subject::parse("a").unwrap()]).await.unwrap().unwrap();
     assert_eq!((last.sequences, last.as_of), (vec![0], 3));
 }
 
@@ -661,7 +661,7 @@ async fn messages_that_break_the_connection_hold_nobody_up() {
 
     // Nor as the oldest: what follows it is looked at instead.
     Operator::new(&server).await.ask("STREAM.PURGE.EVENTS", json!({ "seq": 2 })).await;
-    eventually(async || match broker.last(&[Subject::parse("a").unwrap()], 0).await {
+    eventually(async || match broker.last(&[Subject::parse("a").unwrap()]).await {
         Ok(last) => last.is_some_and(|last| (last.first, &last.sequences[..]) == (3, &[11])),
         Err(_) => false,
     })

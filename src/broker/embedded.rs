@@ -224,7 +224,7 @@ impl Broker for Embedded {
         Ok(SnapshotPage { epoch: self.epoch, as_of, events, reached: stopped_at.unwrap_or(as_of) })
     }
 
-    async fn last(&self, subjects: &[Subject], _since: u64) -> Result<Option<LastKnown>, BrokerError> {
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         let log = self.log();
         let sequences = subjects.iter().map(|subject| log.last_of(subject)).collect();
         Ok(Some(LastKnown { epoch: self.epoch, sequences, as_of: log.last, first: log.first }))

@@ -55,9 +55,8 @@ pub trait Broker: Publish {
     async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError>;
 
     /// Asks for the last sequence of each of these subjects, all as of one moment; used to audit many feeds with one
-    /// request, which are all complete up to `since`. `None` where the broker can't tell all of them at once: ask for
-    /// fewer.
-    async fn last(&self, subjects: &[Subject], since: u64) -> Result<Option<LastKnown>, BrokerError>;
+    /// request. `None` where the broker can't tell all of them at once: ask for fewer.
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError>;
 
     /// Which incarnation of the stream this is, and what it holds: the word of the stream's leader.
     async fn bounds(&self) -> Result<Bounds, BrokerError>;
@@ -211,8 +210,8 @@ pub struct LastKnown {
     pub sequences: Vec<u64>,
     /// The sequence up to which this holds.
     pub as_of: u64,
-    /// A sequence from which on the stream's limits had dropped nothing where this was found out. What was stored before
-    /// it may have been the last of its subject once.
+    /// The oldest sequence that the stream's limits had spared when this had been found out. What was stored before it
+    /// may have been the last of its subject once.
     pub first: u64,
 }
 

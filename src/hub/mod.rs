@@ -242,12 +242,11 @@ impl Hub {
         }
         for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
             let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
-            let since = chunk.iter().map(|(_, feed)| feed.proven()).min().unwrap_or(0);
             // Whoever answers next may lag behind the stream's leader, and may not say less than it did now.
             let Bounds { epoch, last, .. } = self.0.broker.bounds().await?;
             let mut backoff = Backoff::default();
             loop {
-                match self.0.broker.last(&subjects, since).await? {
+                match self.0.broker.last(&subjects).await? {
                     Some(known) if known.epoch == epoch && known.as_of < last => backoff.wait().await,
                     Some(known) => {
                         for ((_, feed), last) in chunk.iter().zip(&known.sequences) {

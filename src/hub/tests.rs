@@ -127,8 +127,8 @@ impl Broker for Faulty {
         self.inner().snapshot(read).await
     }
 
-    async fn last(&self, subjects: &[Subject], since: u64) -> Result<Option<LastKnown>, BrokerError> {
-        self.inner().last(subjects, since).await
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
+        self.inner().last(subjects).await
     }
 
     async fn bounds(&self) -> Result<Bounds, BrokerError> {

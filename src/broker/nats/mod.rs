@@ -212,8 +212,8 @@ impl Broker for Nats {
         self.history.snapshot(read).await
     }
 
-    async fn last(&self, subjects: &[Subject], since: u64) -> Result<Option<LastKnown>, BrokerError> {
-        self.history.last(subjects, since).await
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
+        self.history.last(subjects).await
     }
 
     async fn bounds(&self) -> Result<Bounds, BrokerError> {

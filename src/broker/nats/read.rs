@@ -87,15 +87,11 @@ impl History {
             Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
             batch => batch?,
         };
-        let unbroken = self.check_that_nothing_was_dropped_meanwhile(sequences_with_holes(&batch.events), &filter);
-        let whole = async {
-            let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
-            let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
-            Ok::<_, BrokerError>((events, end, bounds))
-        };
-        let ((), (events, end, bounds)) = tokio::try_join!(unbroken, whole)?;
+        self.check_that_nothing_was_dropped_meanwhile(sequences_with_holes(&batch.events), &filter).await?;
+        let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
 
         let proven = events.last().map_or(start, |event| event.sequence);
+        let bounds = self.bounds_past(&events, events.last().map_or(0, |event| event.sequence)).await?;
         let mut page = Page { epoch: bounds.epoch, start, first: bounds.first, events, proven, more: false };
         let leader_goes_on = match end {
             End::Whole { pending: 1.., .. } => {
@@ -218,7 +214,12 @@ impl History {
         let Some(oldest) = batch.events.first().map(|event| event.sequence) else { return Ok(batch) };
         let (mut events, mut bytes, mut after) = (vec![], 0, start);
         while after + 1 < oldest {
-            let found = self.leader.next(after + 1, filter).await?;
+            let mut found = self.leader.next(after + 1, filter).await?;
+            if found.as_ref().is_none_or(|found| found.sequence > oldest) {
+                // It has dropped what the replica shows; or has not stored it yet, nor perhaps what is missing before it.
+                self.bounds_past(&batch.events, oldest).await?;
+                found = self.leader.next(after + 1, filter).await?;
+            }
             let Some(found) = found.filter(|found| found.sequence < oldest) else { break };
             if events.len() == self.page_events || bytes >= self.page_bytes {
                 return Ok(Batch { events, end: End::Broken });
@@ -265,7 +266,7 @@ impl History {
         }
     }
 
-    pub async fn last(&self, subjects: &[Subject], since: u64) -> Result<Option<LastKnown>, BrokerError> {
+    pub async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         for _ in 0..ATTEMPTS {
             let before = self.leader.epoch();
             let known = match self.last_of(subjects, None).await {
@@ -274,18 +275,11 @@ impl History {
                 known => known?,
             };
             let Some((shown, sequences, as_of)) = known else { return Ok(None) };
-            // The replica may have carried out limits before the leader does, which would not tell then. But one that shows
-            // something has dropped nothing after it.
-            let shown_first =
-                shown.iter().map(|event| event.sequence).min().filter(|first| *first <= since.saturating_add(1));
-            let kept = match shown_first {
-                Some(first) => first,
-                None => self.oldest_shown().await?.unwrap_or(as_of.saturating_add(1)),
-            };
+            // A replica may carry out limits before the leader does, which would not tell then.
+            let kept = self.oldest_shown().await?.unwrap_or(as_of.saturating_add(1));
             let Bounds { epoch, first, .. } = self.bounds_past(&shown, as_of).await?;
             if epoch == before {
-                let first = shown_first.unwrap_or(first.max(kept));
-                return Ok(Some(LastKnown { epoch, sequences, as_of, first }));
+                return Ok(Some(LastKnown { epoch, sequences, as_of, first: first.max(kept) }));
             }
         }
         Err(BrokerError::Unavailable("the stream is being made anew".into()))

@@ -280,7 +280,7 @@ impl Broker for Scripted {
         Ok(SnapshotPage { epoch: stream.epoch, as_of, events, reached })
     }
 
-    async fn last(&self, subjects: &[Subject], _since: u64) -> Result<Option<LastKnown>, BrokerError> {
+    async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         let mut state = self.request().await?;
         let as_of = state.horizon();
         let stream = &state.stream;
