@@ -149,6 +149,7 @@ impl Reader {
             Ok::<_, BrokerError>(epoch)
         };
         let epoch = *self.feed.epoch.get_or_try_init(|| start).await?;
+        // Only now: hints are held against the epoch.
         if let Some(hints) = begun {
             let tasks = &self.hub.0.tasks;
             let ear = tasks.spawn_ending(listen(Arc::downgrade(&self.feed), self.hub.clone(), hints));

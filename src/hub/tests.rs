@@ -34,6 +34,8 @@ struct Faulty {
     broker: watch::Sender<Arc<Embedded>>,
     seed: AtomicU64,
     reads_fail: AtomicBool,
+    /// So many reads, and no more, are answered without saying what follows.
+    vague_reads: AtomicU64,
     /// No hint arrives on what is subscribed from now on.
     is_deaf: AtomicBool,
 }
@@ -45,6 +47,7 @@ impl Faulty {
             broker,
             seed: AtomicU64::new(seed),
             reads_fail: AtomicBool::new(false),
+            vague_reads: AtomicU64::new(0),
             is_deaf: AtomicBool::new(false),
         })
     }
@@ -120,6 +123,13 @@ impl Broker for Faulty {
         }
         // Something else gets to run while a read is under way.
         tokio::task::yield_now().await;
+        if let vague @ 1.. = self.vague_reads.load(Ordering::Relaxed) {
+            assert!(vague > 1, "it is asked without end");
+            self.vague_reads.store(vague - 1, Ordering::Relaxed);
+            let From::After(start) = read.from else { panic!("{read:?}") };
+            let Bounds { epoch, first, .. } = self.bounds().await?;
+            return Ok(Page { epoch, start, first, events: vec![], proven: start, more: false });
+        }
         self.inner().read(read).await
     }
 
@@ -450,6 +460,24 @@ async fn an_id_from_the_future_is_not_believed_without_the_leader() {
     let ahead = broker.publish("b").await;
     let (opening, _) = subscribe(&hub, "a", after(ahead)).await;
     assert_eq!(text(&opening), ahead.to_string());
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_nobody_can_say_what_follows_it_is_asked_for_now_and_then() {
+    let broker = Faulty::new(8);
+    let hub = hub(&broker, |settings| settings.feed.events = 2);
+    let (_, mut reader) = subscribe(&hub, "a", from(StartAt::Now)).await;
+    let first = broker.publish("a").await;
+    for _ in 0..9 {
+        broker.publish("a").await;
+    }
+    assert_eq!(take(&mut reader, 10).await, (1..=10).collect::<Vec<_>>());
+
+    broker.vague_reads.store(1000, Ordering::Relaxed);
+    let (_, mut behind) = subscribe(&hub, "a", after(first)).await;
+    assert!(timeout(BOUND, behind.next()).await.is_err());
+    broker.vague_reads.store(0, Ordering::Relaxed);
+    assert_eq!(take(&mut behind, 9).await, (2..=10).collect::<Vec<_>>());
 }
 
 #[tokio::test(start_paused = true)]
