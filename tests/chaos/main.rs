@@ -172,7 +172,8 @@ fn judge(
         }
     }
     if !complaints.is_empty() {
-        let _ = writeln!(complaints, "streams: {:?}\nwhat happened:", truth.incarnations);
+        let streams: Vec<_> = truth.incarnations.iter().map(|stream| (stream.epoch, stream.first)).collect();
+        let _ = writeln!(complaints, "streams, and what their limits left: {streams:?}\nwhat happened:");
         for (at, what) in world.timeline() {
             let _ = writeln!(complaints, "  {at:>9.3?} {what}");
         }

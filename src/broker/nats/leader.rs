@@ -42,10 +42,8 @@ pub(super) mod code {
 
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
 const SLOW: Duration = Duration::from_millis(50);
-
 /// While a cluster makes a stream, and while it elects a leader, nobody answers questions about it: they are asked again.
 const INFO_SILENCE: Duration = Duration::from_secs(1);
-
 /// How long a follower waits for word from its leader, at least, before it has another one elected (server/raft.go).
 const ELECTION: Duration = Duration::from_secs(4);
 /// A leader from whom its followers have heard within this is not about to be deposed; and a follower that has answered
@@ -232,7 +230,7 @@ impl Known {
     }
 
     /// Says whether word of changes is heard from now on.
-    pub fn is_told(&self, is_told: bool) {
+    pub fn set_told(&self, is_told: bool) {
         self.is_told.store(is_told, Ordering::Release);
     }
 
@@ -311,8 +309,7 @@ impl Leader {
                 async move {
                     let as_of = known.changes.load(Ordering::Acquire);
                     let asked = Instant::now();
-                    let limit = requests.timeout.min(INFO_SILENCE);
-                    let answer = info_of(&requests, &stream, limit).await.map(Arc::new);
+                    let answer = ask_for_info(&requests, &stream).await.map(Arc::new);
                     known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
                     known.learn(&answer, as_of);
                     let is_undisputed = answer.as_ref().is_ok_and(|info| info.is_undisputed);
@@ -329,14 +326,8 @@ impl Leader {
     /// Requests of one connection are handled in order. So this is also the round trip that proves that the server has
     /// seen all that was sent before.
     pub async fn info(&self) -> Result<Arc<Info>, RequestError> {
-        let until = Instant::now() + self.0.requests.timeout;
-        loop {
-            match self.0.info.join().await.unwrap_or(Err(RequestError::NotConnected)) {
-                Err(RequestError::Silent(_)) if Instant::now() < until => {}
-                Err(RequestError::Deposed) if Instant::now() < until => tokio::time::sleep(DEPOSED_PAUSE).await,
-                answer => return answer,
-            }
-        }
+        let join = || async { self.0.info.join().await.unwrap_or(Err(RequestError::NotConnected)) };
+        insist(self.0.requests.timeout, join).await
     }
 
     /// The stored message that `query` finds, if there is one.
@@ -420,8 +411,28 @@ impl Leader {
     }
 }
 
-/// Asks once, alone.
-pub(super) async fn info_of(requests: &Requests, stream: &str, limit: Duration) -> Result<Info, RequestError> {
+/// The same as [`Leader::info`], for one who asks alone.
+pub(super) async fn info_of(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
+    insist(requests.timeout, || ask_for_info(requests, stream)).await
+}
+
+/// Asks again while nobody answers who is the leader for certain, for about as long as a request may take.
+async fn insist<T, F>(limit: Duration, ask: impl Fn() -> F) -> Result<T, RequestError>
+where
+    F: Future<Output = Result<T, RequestError>>,
+{
+    let until = Instant::now() + limit;
+    loop {
+        match ask().await {
+            Err(RequestError::Silent(_)) if Instant::now() < until => {}
+            Err(RequestError::Deposed) if Instant::now() < until => tokio::time::sleep(DEPOSED_PAUSE).await,
+            answer => return answer,
+        }
+    }
+}
+
+async fn ask_for_info(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
+    let limit = requests.timeout.min(INFO_SILENCE);
     let mut answer = requests.ask_within(limit, format!("$JS.API.STREAM.INFO.{stream}"), Value::Null).await?;
     let config = answer["config"].take();
     let standing = standing(&answer["cluster"]["replicas"]);

@@ -109,7 +109,7 @@ impl Entrance {
         event_bytes: usize,
     ) -> Result<Need, StartError> {
         let name = &settings.name;
-        let info = match leader::info_of(requests, name, requests.timeout).await {
+        let info = match leader::info_of(requests, name).await {
             Ok(info) => info,
             Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NOT_FOUND => {
                 return if settings.manage {

@@ -15,10 +15,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use tokio::sync::{Notify, oneshot, watch};
-
 use jiff::Timestamp;
 use serde_json::Value;
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::{leader::Known, message, wire};
 use crate::{
@@ -167,8 +166,7 @@ impl Switchboard {
         match message.subscription {
             ADVISORIES => {
                 tracing::info!(advisory = %advisory(&message.payload), "the stream changed");
-                desk.held.get_or_insert_default();
-                self.questions.send_modify(|count| *count += 1);
+                self.question(&mut desk);
             }
             _ => self.hand_over(&mut desk, message),
         }
@@ -185,15 +183,19 @@ impl Switchboard {
             let this = Newest::of(*epoch, event);
             match &desk.newest {
                 Some(newest) if newest.contradicts(&this) => {
-                    desk.held.get_or_insert_default().keep(message);
-                    self.questions.send_modify(|count| *count += 1);
-                    return;
+                    return self.question(desk).keep(message);
                 }
                 Some(newest) if newest.epoch == this.epoch && newest.sequence >= this.sequence => {}
                 Some(_) | None => desk.newest = Some(this),
             }
         }
         listener.mailbox.put(hint);
+    }
+
+    /// Asks which incarnation there is, and holds what comes until that is settled.
+    fn question<'d>(&self, desk: &'d mut Desk) -> &'d mut Held {
+        self.questions.send_modify(|count| *count += 1);
+        desk.held.get_or_insert_default()
     }
 
     /// How many questions there have been: the last one is open as long as it has not been settled.
@@ -235,7 +237,7 @@ impl Switchboard {
     /// The server is gone, and with it what it was to be told. Those who wait for it are turned away.
     pub fn disconnected(&self) {
         let mut desk = self.desk();
-        self.known.is_told(false);
+        self.known.set_told(false);
         let Desk { listeners, listeners_ever, .. } = std::mem::take(&mut *desk);
         *desk = Desk { listeners, listeners_ever, ..Desk::default() };
     }
@@ -274,9 +276,9 @@ impl Switchboard {
         // The first ping came after all subscriptions.
         if desk.server == Server::There {
             desk.server = Server::Told;
-            self.known.is_told(true);
+            self.known.set_told(true);
             self.connections.send_modify(|count| *count += 1);
-            self.questions.send_modify(|count| *count += 1);
+            self.question(&mut desk);
         }
     }
 
