@@ -206,12 +206,11 @@ pub struct SnapshotPage {
 #[derive(Clone, Debug)]
 pub struct LastKnown {
     pub epoch: Epoch,
-    /// In the order in which they were asked for; 0 where nothing is kept.
+    /// In the order in which they were asked for; 0 where whoever was asked keeps nothing (the leader still may).
     pub sequences: Vec<u64>,
     /// The sequence up to which this holds.
     pub as_of: u64,
-    /// The oldest sequence that the stream's limits had spared when this had been found out. What was stored before it
-    /// may have been the last of its subject once.
+    /// The oldest sequence that the stream's limits had spared when this had been found out.
     pub first: u64,
 }
 

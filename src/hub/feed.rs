@@ -50,6 +50,8 @@ use crate::{
 const HINTS_AT_ONCE: usize = 256;
 /// Reads that may fail to reach an event that a hint promised, before the hint is taken for mistaken.
 const REPAIR_TRIES: usize = 10;
+/// A feed of whose subject nothing is kept is read for when this part of what the stream keeps lies beyond its position.
+const QUIET_PART: u64 = 8;
 /// Subscribing is not instant across a cluster: a hint may be lost though the subscription was made before it. A new
 /// feed is checked this long after it began.
 const FIRST_CHECK: Duration = Duration::from_millis(750);
@@ -167,7 +169,8 @@ impl Reader {
 }
 
 /// Passes hints on for as long as the feed is kept.
-async fn listen(feed: Weak<Feed>, hub: Hub, mut hints: Hints) {
+async fn listen(feed: Weak<Feed>, hub: Hub, hints: Hints) {
+    let mut hints = hints.fuse();
     while let Some(first) = hints.next().await {
         let Some(feed) = feed.upgrade() else { return };
         let ready = std::iter::from_fn(|| hints.next().now_or_never().flatten());
@@ -244,16 +247,24 @@ impl Feed {
     }
 
     /// Holds what is known of the stream against the feed: the filter's last event that was kept is `last`.
+    ///
+    /// Nothing is dropped after an event that is kept, so one that is there proves what follows it. That there is none
+    /// proves nothing: a replica may have dropped, on its own, what its leader still keeps. Then the position stays where
+    /// it is, and the feed is read for (with the leader's word) while there is still much time before the stream's oldest
+    /// event comes up to it.
     pub(super) fn audit(self: &Arc<Feed>, hub: &Hub, last: u64, known: &LastKnown) {
         let mut state = self.state();
         let log = &mut state.log;
-        // An event that was dropped together with all before it is not among the last, though it was owed. But nothing is
-        // dropped after one that is kept.
-        let nothing_dropped = last > 0 || known.first <= log.proven() + 1;
-        if self.epoch() == known.epoch && last <= log.proven() && nothing_dropped {
+        let is_same_stream = self.epoch() == known.epoch;
+        if is_same_stream && last > 0 && last <= log.proven() {
             log.prove(known.as_of);
-        } else {
-            drop(state);
+            return;
+        }
+        let behind = known.as_of.saturating_sub(log.proven());
+        let kept = (known.as_of + 1).saturating_sub(known.first);
+        let can_wait = is_same_stream && last == 0 && behind <= kept / QUIET_PART;
+        drop(state);
+        if !can_wait {
             self.doubt(hub, "audit");
         }
     }

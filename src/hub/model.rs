@@ -44,6 +44,11 @@ pub enum Step {
         reads: usize,
         events: u64,
     },
+    /// So many audits are answered by a replica that has dropped so many of the oldest, which its leader has not.
+    Hurry {
+        audits: usize,
+        events: u64,
+    },
     /// Limits remove the oldest, so many.
     Expire(u64),
     /// A single event is removed by intent.
@@ -121,6 +126,7 @@ impl ReferenceStateMachine for Streams {
             1 => Just(Step::Cut),
             2 => (1usize..4).prop_map(Step::Fail),
             2 => (1usize..4, 1u64..4).prop_map(|(reads, events)| Step::Lag { reads, events }),
+            2 => (1usize..3, 1u64..40).prop_map(|(audits, events)| Step::Hurry { audits, events }),
             2 => (1u64..6).prop_map(Step::Expire),
             2 => any::<Index>().prop_map(Step::Remove),
             1 => Just(Step::Purge),
@@ -186,6 +192,7 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
                 Step::Cut => broker.cut(),
                 Step::Fail(requests) => broker.fail(requests),
                 Step::Lag { reads, events } => broker.lag(reads, events),
+                Step::Hurry { audits, events } => broker.hurry(audits, events),
                 Step::Expire(_) | Step::Remove(_) | Step::Purge | Step::Recreate => {}
                 Step::Join { client, filters, begin } => {
                     let at = match begin {

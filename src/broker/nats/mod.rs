@@ -39,10 +39,7 @@ mod stream;
 mod switchboard;
 mod wire;
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
 
 use async_nats::{Client, connection::State};
 use async_trait::async_trait;
@@ -122,7 +119,6 @@ impl Nats {
                 leader: leader.clone(),
                 page_events: history.page_events,
                 page_bytes: history.page_bytes,
-                unreadable: AtomicU64::new(0),
             },
             publisher: Publisher {
                 requests: leader.requests().clone(),

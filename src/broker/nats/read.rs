@@ -5,11 +5,7 @@
 //! gaps, though; so a page is complete up to its last event, and how far beyond is for the leader to say. Where a
 //! batch breaks off, the leader goes on, a few messages at a time.
 
-use std::{
-    collections::HashMap,
-    sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -39,8 +35,6 @@ pub(super) struct History {
     pub leader: Leader,
     pub page_events: usize,
     pub page_bytes: usize,
-    /// The oldest event, if it can't be read in a batch; or 0.
-    pub unreadable: AtomicU64,
 }
 
 impl History {
@@ -170,23 +164,6 @@ impl History {
         Ok(())
     }
 
-    /// The oldest sequence that some replica keeps, perhaps another one than was asked before.
-    async fn oldest_shown(&self) -> Result<Option<u64>, BrokerError> {
-        let everything = format!("{}>", self.batches.prefix);
-        let from = self.unreadable.load(Ordering::Relaxed).saturating_add(1);
-        let shown = self.batches.get(&json!({ "seq": from, "next_by_subj": everything, "batch": 1 })).await?;
-        match (shown.events.first(), shown.end) {
-            (Some(oldest), _) => return Ok(Some(oldest.sequence)),
-            // A message may break off every batch that it is in: not again.
-            (None, End::Broken) => {
-                let oldest = self.leader.next(from, &everything).await?;
-                self.unreadable.store(oldest.map_or(0, |oldest| oldest.sequence), Ordering::Relaxed);
-            }
-            (None, _) => self.unreadable.store(0, Ordering::Relaxed),
-        }
-        Ok(None)
-    }
-
     /// What a replica drops while it reads a batch leaves holes within it, and its leader may not have dropped that yet. So
     /// it is read again, by whichever replica: one that has dropped something does not show the first event any more,
     /// because the oldest are dropped first, and one that has not shows what is in the holes.
@@ -275,11 +252,9 @@ impl History {
                 known => known?,
             };
             let Some((shown, sequences, as_of)) = known else { return Ok(None) };
-            // A replica may carry out limits before the leader does, which would not tell then.
-            let kept = self.oldest_shown().await?.unwrap_or(as_of.saturating_add(1));
             let Bounds { epoch, first, .. } = self.bounds_past(&shown, as_of).await?;
             if epoch == before {
-                return Ok(Some(LastKnown { epoch, sequences, as_of, first: first.max(kept) }));
+                return Ok(Some(LastKnown { epoch, sequences, as_of, first }));
             }
         }
         Err(BrokerError::Unavailable("the stream is being made anew".into()))

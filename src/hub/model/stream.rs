@@ -128,6 +128,8 @@ struct State {
     failing: usize,
     lagging: usize,
     lag: u64,
+    hurrying: usize,
+    hurry: u64,
 }
 
 type Listener = (Filter, mpsc::UnboundedSender<Hint>);
@@ -135,7 +137,8 @@ type Listener = (Filter, mpsc::UnboundedSender<Hint>);
 impl Scripted {
     pub fn new(streams: &Streams) -> Scripted {
         let stream = streams.now().clone();
-        let state = State { stream, listeners: vec![], held_back: vec![], failing: 0, lagging: 0, lag: 0 };
+        let (listeners, held_back) = (vec![], vec![]);
+        let state = State { stream, listeners, held_back, failing: 0, lagging: 0, lag: 0, hurrying: 0, hurry: 0 };
         Scripted { state: Mutex::new(state), doubts: watch::Sender::new(0) }
     }
 
@@ -199,9 +202,14 @@ impl Scripted {
         (state.lagging, state.lag) = (reads, events);
     }
 
+    pub fn hurry(&self, audits: usize, events: u64) {
+        let mut state = self.state();
+        (state.hurrying, state.hurry) = (audits, events);
+    }
+
     pub fn recover(&self) {
         let mut state = self.state();
-        (state.failing, state.lagging) = (0, 0);
+        (state.failing, state.lagging, state.hurrying) = (0, 0, 0);
     }
 
     /// The state for one request, unless that is to fail. Something else gets to run before the answer.
@@ -283,8 +291,11 @@ impl Broker for Scripted {
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
         let mut state = self.request().await?;
         let as_of = state.horizon();
+        let hurry = if state.hurrying > 0 { state.hurry } else { 0 };
+        state.hurrying = state.hurrying.saturating_sub(1);
         let stream = &state.stream;
-        let last = |subject: &Subject| stream.kept(as_of).rev().find(|event| event.subject == *subject);
+        let spared = |event: &&Event| event.sequence >= stream.first + hurry;
+        let last = |subject: &Subject| stream.kept(as_of).rev().filter(spared).find(|event| event.subject == *subject);
         let sequences = subjects.iter().map(|subject| last(subject).map_or(0, |event| event.sequence)).collect();
         Ok(Some(LastKnown { epoch: stream.epoch, sequences, as_of, first: stream.first }))
     }
