@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Once},
 };
 
-use actix_web::http::header::HeaderMap;
+use actix_web::http::header::{self, HeaderMap, HeaderName};
 use ipnet::IpNet;
 
 use crate::config::AddressHeader;
@@ -56,9 +56,9 @@ impl Proxies {
 
     /// What the header's fields, taken together, say of each hop, the first one's first.
     fn hops(&self, headers: &HeaderMap) -> Vec<Option<IpAddr>> {
-        let (name, parse): (_, fn(&str) -> Option<IpAddr>) = match self.header {
-            AddressHeader::XForwardedFor => ("x-forwarded-for", parse_address),
-            AddressHeader::Forwarded => ("forwarded", parse_forwarded),
+        let (name, parse): (HeaderName, fn(&str) -> Option<IpAddr>) = match self.header {
+            AddressHeader::XForwardedFor => (header::X_FORWARDED_FOR, parse_address),
+            AddressHeader::Forwarded => (header::FORWARDED, parse_forwarded),
         };
         let mut hops = vec![];
         for field in headers.get_all(name) {
@@ -98,7 +98,7 @@ fn parse_address(text: &str) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use actix_web::http::header::{HeaderName, HeaderValue};
+    use actix_web::http::header::HeaderValue;
 
     use super::*;
 

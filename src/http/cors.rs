@@ -7,7 +7,7 @@
 
 use actix_web::{
     HttpRequest, HttpResponse,
-    guard::GuardContext,
+    dev::RequestHead,
     http::{
         Method,
         header::{self, HeaderMap, HeaderName, HeaderValue},
@@ -122,8 +122,7 @@ impl Cors {
 const EXPOSED: &str = "Retry-After, X-Request-Id";
 
 /// Whether a request only asks what another one may do.
-pub fn is_preflight(request: &GuardContext<'_>) -> bool {
-    let head = request.head();
+pub fn is_preflight(head: &RequestHead) -> bool {
     let has = |name: HeaderName| head.headers().contains_key(name);
     head.method == Method::OPTIONS && has(header::ORIGIN) && has(header::ACCESS_CONTROL_REQUEST_METHOD)
 }

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 use actix_web::{
     HttpRequest,
-    http::header::{self, HeaderValue},
+    http::header::{self, HeaderName, HeaderValue},
 };
 
 use super::{
@@ -110,7 +110,9 @@ fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = 
 /// Refuses what comes, or may come, from beyond this machine.
 fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
     let headers = request.headers();
-    let proxied = local::PROXY_HEADERS.into_iter().find(|name| headers.contains_key(*name));
+    let by_proxy =
+        |name: &HeaderName| local::PROXY_HEADERS.into_iter().find(|other| name.as_str().eq_ignore_ascii_case(other));
+    let proxied = headers.keys().find_map(by_proxy);
     let is_local_host = |host: &HeaderValue| host.to_str().is_ok_and(local::is_local_host);
     let what = if let Some(name) = proxied {
         format!("this request came through a proxy ({name})")

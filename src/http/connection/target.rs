@@ -47,17 +47,19 @@ impl Target {
         let mut to_encode = vec![];
         let mut at = 0;
         while at < bytes.len() {
+            let rest = &bytes[at..];
             at += match self.place {
                 Place::Lost => break,
-                Place::Bytes(rest) | Place::Chunk(rest) => self.skip(rest, bytes.len() - at),
-                Place::Target if must_be_encoded(bytes[at]) => {
+                Place::Bytes(left) | Place::Chunk(left) => self.skip(left, rest.len()),
+                Place::Target if must_be_encoded(rest[0]) => {
                     to_encode.push(at);
                     1
                 }
-                _ => {
-                    self.step(bytes[at]);
+                Place::Method | Place::Target => {
+                    self.step(rest[0]);
                     1
                 }
+                Place::Version | Place::Header | Place::ChunkSize | Place::Trailer => self.line(rest),
             };
         }
         to_encode
@@ -84,20 +86,37 @@ impl Target {
         match (self.place, byte) {
             (Place::Method, b' ') => self.place = Place::Target,
             (Place::Target, b' ') => self.place = Place::Version,
-            (Place::Target | Place::Version, b'\n') => {
-                self.body = Body::None;
-                self.line.clear();
-                self.place = Place::Header;
-            }
-            (Place::Header | Place::ChunkSize | Place::Trailer, b'\n') => {
-                let line = std::mem::take(&mut self.line);
-                self.end_of_line(line.trim_ascii());
-            }
-            (Place::Header | Place::ChunkSize | Place::Trailer, byte) if self.line.len() < LINE_BYTES => {
-                self.line.push(byte);
-            }
+            (Place::Target, b'\n') => self.end_of_request_line(),
             _ => {}
         }
+    }
+
+    /// Passes over what there is of a line, its end included.
+    fn line(&mut self, bytes: &[u8]) -> usize {
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let text = &bytes[..end.unwrap_or(bytes.len())];
+        let passed = text.len() + usize::from(end.is_some());
+        if matches!(self.place, Place::Version) {
+            if end.is_some() {
+                self.end_of_request_line();
+            }
+            return passed;
+        }
+        let room = LINE_BYTES.saturating_sub(self.line.len());
+        self.line.extend_from_slice(&text[..text.len().min(room)]);
+        if end.is_some() {
+            let line = std::mem::take(&mut self.line);
+            self.end_of_line(line.trim_ascii());
+            self.line = line;
+            self.line.clear();
+        }
+        passed
+    }
+
+    fn end_of_request_line(&mut self) {
+        self.body = Body::None;
+        self.line.clear();
+        self.place = Place::Header;
     }
 
     fn end_of_line(&mut self, line: &[u8]) {
