@@ -73,6 +73,8 @@ impl Entrance {
             .custom_inbox_prefix(INBOX)
             .connection_timeout(self.timeout)
             .ping_interval(PING)
+            // A subject of ours is a valid one, and names and prefixes have been checked: once is enough.
+            .skip_subject_validation(true)
             .subscription_capacity(subscription_messages.unwrap_or(self.subscription_messages));
         if let Some((user, password)) = &self.user {
             options = options.user_and_password(user.clone(), password.clone());

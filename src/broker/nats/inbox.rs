@@ -48,7 +48,8 @@ impl Inbox {
         let token = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, reply) = oneshot::channel();
         lock(&self.waiting).insert(token, sender);
-        Expected { subject: format!("{}{token}", self.prefix), token, reply, waiting: self.waiting.clone() }
+        let subject = [&*self.prefix, &token.to_string()].concat();
+        Expected { subject, token, reply, waiting: self.waiting.clone() }
     }
 }
 

@@ -398,7 +398,7 @@ impl Leader {
     }
 
     async fn asked(&self, sending: Sending) -> Option<Epoch> {
-        let now = self.info().await.ok()?.bounds.epoch;
+        let now = Box::pin(self.info()).await.ok()?.bounds.epoch;
         (now == sending.known.epoch).then_some(now)
     }
 
