@@ -46,6 +46,10 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Answers that are kept while a batch behind nginx has neither ended nor paused: about 10,000 of them.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 
+/// After how many lines others on this thread get their turn: those who send them to the broker, which then works on them
+/// while more are read.
+const TURN_LINES: u64 = 16;
+
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
     let principal = match check(&app, &request).await {
@@ -207,6 +211,9 @@ impl Batch {
                     Err(error) => Answer::Refused(number, error),
                 }
             })),
+        }
+        if number.is_multiple_of(TURN_LINES) {
+            tokio::task::yield_now().await;
         }
     }
 
