@@ -10,6 +10,7 @@
 use std::{
     collections::VecDeque,
     io::{self, IoSlice},
+    os::fd::AsRawFd,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -17,6 +18,10 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use jiff::Timestamp;
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, send},
+};
 use rand::RngExt;
 use tokio::{net::TcpStream, time::Instant};
 
@@ -430,8 +435,12 @@ impl Words {
         let pieces = self.frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]);
         let mut pieces = std::iter::once(&self.plain).chain(pieces).filter(|piece| !piece.is_empty());
         match (pieces.next(), pieces.next()) {
-            // Most often there is one.
-            (Some(only), None) => socket.try_write(only),
+            // Most often there is one, and room for it: tokio, which keeps what it knows of that elsewhere, need not be
+            // asked.
+            (Some(only), None) => match send(socket.as_raw_fd(), only, MsgFlags::MSG_NOSIGNAL) {
+                Err(Errno::EWOULDBLOCK) => socket.try_write(only),
+                sent => Ok(sent?),
+            },
             (first, second) => {
                 let pieces = first.into_iter().chain(second).chain(pieces).take(PIECES_MAX);
                 let pieces: Vec<_> = pieces.map(|piece| IoSlice::new(piece)).collect();
