@@ -12,6 +12,7 @@
 mod floor;
 mod process;
 mod publishing;
+mod relay;
 mod swarm;
 mod target;
 mod wire;
@@ -47,6 +48,7 @@ fn main() {
         Some("floor") => return floor::run().expect("the floor serves"),
         Some("swarm") => return swarm::run().expect("the swarm listens"),
         Some("bare") => return publishing::bare(&arguments[1..]),
+        Some("relay") => return relay::run(&arguments[1]).expect("the relay serves"),
         _ => {}
     }
     if let Some(unknown) = arguments.iter().find(|name| !SCENARIOS.iter().any(|(known, _)| known == name)) {

@@ -1,6 +1,7 @@
-//! Publishing through a gateway, beside a bare async-nats publisher with message ids on the same stream. Each waits for
-//! the broker's acknowledgement. Everything runs on both cores, as on a machine: bare there are two processes on them, the
-//! publisher and nats-server; through a gateway three.
+//! Publishing through a gateway, beside a bare async-nats publisher with message ids on the same stream, and beside a bare
+//! relay, which is the least that publishing over HTTP can cost. Each waits for the broker's acknowledgement. Everything
+//! runs on both cores, as on a machine: bare there are two processes on them, the publisher and nats-server; through a
+//! relay or a gateway three.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -23,7 +24,7 @@ use crate::{
     wire,
 };
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 const ONE_BY_ONE: u32 = 1_000;
 const MANY: u32 = 10_000;
 const AT_ONCE: u32 = 64;
@@ -34,58 +35,108 @@ struct Took {
     median: Duration,
 }
 
+/// A way to publish, and as many at once as its bare publisher has waiting.
+struct Way {
+    name: &'static str,
+    at_once: u32,
+    count: u32,
+    over_http: fn(SocketAddr) -> Took,
+    /// A relay can do that.
+    is_relayed: bool,
+}
+
+const WAYS: [Way; 3] = [
+    Way {
+        name: "one by one",
+        at_once: 1,
+        count: ONE_BY_ONE,
+        over_http: |address| over_http(address, 1, ONE_BY_ONE),
+        is_relayed: true,
+    },
+    Way {
+        name: "64 at a time",
+        at_once: AT_ONCE,
+        count: MANY,
+        over_http: |address| over_http(address, AT_ONCE, MANY),
+        is_relayed: true,
+    },
+    Way { name: "a batch", at_once: AT_ONCE, count: MANY, over_http: in_a_batch, is_relayed: false },
+];
+
+/// What one way took in one round.
+struct Round {
+    bare: Took,
+    relay: Option<Took>,
+    gateway: Took,
+}
+
+/// What all rounds of one way cost.
+#[derive(Clone, Copy, Default)]
+struct Cost {
+    gateway: Duration,
+    nats: Duration,
+}
+
 pub fn compare() {
     println!("\npublishing {PAYLOAD_BYTES} bytes, acknowledged by the broker");
     move_to(BOTH_CORES);
     let nats = NatsServer::start(BOTH_CORES);
-    let mut target = Target::gateway(BOTH_CORES, Some(&nats), SETTINGS);
-    let bare = |at_once: u32, count: u32| {
-        let arguments = ["bare", &nats.url, &at_once.to_string(), &count.to_string()];
+    let target = Target::gateway(BOTH_CORES, Some(&nats), SETTINGS);
+    let mut relay = Process::start_self(BOTH_CORES, &["relay", &nats.url]);
+    let relay_address: SocketAddr = relay.next_line().parse().expect("an address");
+    let bare = |way: &Way| {
+        let arguments = ["bare", &nats.url, &way.at_once.to_string(), &way.count.to_string()];
         let line = Process::start_self(BOTH_CORES, &arguments).next_line();
         let micros: Vec<f64> = line.split(' ').map(|text| text.parse().expect("a number")).collect();
         Took { all: Duration::from_secs_f64(micros[0] / 1e6), median: Duration::from_secs_f64(micros[1] / 1e6) }
     };
-    let rate = |took: &Took, count: u32| f64::from(count) / took.all.as_secs_f64();
-
-    let (mut one, mut bare_one, mut many, mut batch) = (vec![], vec![], vec![], vec![]);
-    let mut costs = [Duration::ZERO; 6];
+    let (mut rounds, mut costs) = ([const { vec![] }; WAYS.len()], [Cost::default(); WAYS.len()]);
     for _ in 0..ROUNDS {
-        let measured =
-            |target: &mut Target, slot: usize, costs: &mut [Duration; 6], run: &dyn Fn(&mut Target) -> Took| {
-                let (before, nats_before) = (target.process().cpu(), nats.cpu());
-                let took = run(target);
-                costs[2 * slot] += target.process().cpu() - before;
-                costs[2 * slot + 1] += nats.cpu() - nats_before;
-                took
-            };
-        bare_one.push(bare(1, ONE_BY_ONE).median.as_secs_f64() * 1e3);
-        let took = measured(&mut target, 0, &mut costs, &|target| over_http(target.address, 1, ONE_BY_ONE));
-        one.push(took.median.as_secs_f64() * 1e3);
-
-        let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 1, &mut costs, &|target| over_http(target.address, AT_ONCE, MANY));
-        many.push((floor, rate(&took, MANY)));
-
-        let floor = rate(&bare(AT_ONCE, MANY), MANY);
-        let took = measured(&mut target, 2, &mut costs, &|target| in_a_batch(target.address));
-        batch.push((floor, rate(&took, MANY)));
+        for ((way, rounds), cost) in WAYS.iter().zip(&mut rounds).zip(&mut costs) {
+            let bare = bare(way);
+            let relay = way.is_relayed.then(|| (way.over_http)(relay_address));
+            let (before, nats_before) = (target.process().cpu(), nats.cpu());
+            let gateway = (way.over_http)(target.address);
+            cost.gateway += target.process().cpu() - before;
+            cost.nats += nats.cpu() - nats_before;
+            rounds.push(Round { bare, relay, gateway });
+        }
     }
-    let cost = |slot: usize, count: u32| {
-        let each = |cost: Duration| cost.as_secs_f64() * 1e6 / f64::from(count) / ROUNDS as f64;
-        format!("gateway {:.1} us, nats-server {:.1} us of CPU each", each(costs[2 * slot]), each(costs[2 * slot + 1]))
-    };
-    let (bare_one, one) = (median(bare_one.into_iter()), median(one.into_iter()));
-    println!(
-        "one by one    bare {bare_one:>8.3} ms  gateway {one:>8.3} ms  {:+.3} ms ({})",
-        one - bare_one,
-        cost(0, ONE_BY_ONE)
-    );
-    for (name, slot, rates) in [("64 at a time", 1, &many), ("a batch", 2, &batch)] {
-        let ratio = median(rates.iter().map(|(bare, gateway)| gateway / bare));
-        let (bare, gateway) = (median(rates.iter().map(|r| r.0)), median(rates.iter().map(|r| r.1)));
-        println!("{name:<13} bare {bare:>8.0}/s   gateway {gateway:>8.0}/s   x {ratio:.2} ({})", cost(slot, MANY));
+    for ((way, rounds), cost) in WAYS.iter().zip(&rounds).zip(&costs) {
+        way.tell(rounds, cost);
     }
     move_to(LOAD_CORE);
+}
+
+impl Way {
+    /// How it is beside the bare publisher: one by one in milliseconds more, else in how many times as many a second.
+    fn beside_bare(&self, round: &Round, took: &Took) -> f64 {
+        match self.at_once {
+            1 => (took.median.as_secs_f64() - round.bare.median.as_secs_f64()) * 1e3,
+            _ => round.bare.all.as_secs_f64() / took.all.as_secs_f64(),
+        }
+    }
+
+    fn tell(&self, rounds: &[Round], cost: &Cost) {
+        let beside_bare = |took: fn(&Round) -> Option<&Took>| {
+            let each: Option<Vec<_>> = rounds.iter().map(|round| Some(self.beside_bare(round, took(round)?))).collect();
+            let middle = median(each?.into_iter());
+            Some(if self.at_once == 1 { format!("{middle:+.3} ms") } else { format!("x {middle:.2}") })
+        };
+        let bare = match self.at_once {
+            1 => format!("{:.3} ms", median(rounds.iter().map(|round| round.bare.median.as_secs_f64() * 1e3))),
+            _ => format!("{:.0}/s", median(rounds.iter().map(|r| f64::from(self.count) / r.bare.all.as_secs_f64()))),
+        };
+        let relay =
+            beside_bare(|round| round.relay.as_ref()).map_or(String::new(), |text| format!("a bare relay {text}, "));
+        let gateway = beside_bare(|round| Some(&round.gateway)).expect("it publishes every way");
+        let each = |cost: Duration| cost.as_secs_f64() * 1e6 / f64::from(self.count) / rounds.len() as f64;
+        let (own, nats) = (each(cost.gateway), each(cost.nats));
+        println!(
+            "{:<13} bare {bare:>10}  {relay}the gateway {gateway} ({own:.1} us, nats-server {nats:.1} us of CPU each)",
+            self.name
+        );
+    }
 }
 
 /// One request of many lines, as curl sends a file.
