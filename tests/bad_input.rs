@@ -353,12 +353,12 @@ fn publish_parameters(stored: &str) -> Vec<(Request, Answer)> {
         (post("/events/taken").header("Idempotency-Key", b"\xff"), Problem(400, HEADER, "not UTF-8")),
         (
             with("Idempotency-Key", "a").header("Idempotency-Key", "b"),
-            Problem(400, HEADER, "idempotency-key may be given only once"),
+            Problem(400, HEADER, "Idempotency-Key may be given only once"),
         ),
         (with("If-Match", "\"000000-1\"").header("If-None-Match", "*"), Problem(400, HEADER, "exclude each other")),
         (
             with("If-Match", &quoted).header("If-Match", &quoted),
-            Problem(400, HEADER, "if-match may be given only once"),
+            Problem(400, HEADER, "If-Match may be given only once"),
         ),
         (with("If-Match", "\"000000-1\""), Problem(412, FAILED, "")),
         (with("If-None-Match", "*"), Problem(412, FAILED, "")),

@@ -1,5 +1,5 @@
 //! Publishing through a gateway, beside a bare async-nats publisher with message ids on the same stream, and beside a bare
-//! relay, which is the least that publishing over HTTP can cost. Each waits for the broker's acknowledgement. Everything
+//! relay, which shows what one more hop over HTTP costs by itself. Each waits for the broker's acknowledgement. Everything
 //! runs on both cores, as on a machine: bare there are two processes on them, the publisher and nats-server; through a
 //! relay or a gateway three.
 

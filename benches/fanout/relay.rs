@@ -1,6 +1,5 @@
-//! The floor of publishing over HTTP: an epoll loop that reads a request, publishes its body with a message id and answers
-//! when the broker has. It believes whatever it reads, knows nobody and refuses nothing. What it costs beyond a bare
-//! publisher is what one more hop costs, over HTTP.
+//! What one more hop over HTTP costs by itself: an epoll loop on one thread that reads a request, publishes its body with a
+//! message id and answers when the broker has. It believes whatever it reads, knows nobody and refuses nothing.
 
 use std::{
     collections::HashMap,

@@ -1,10 +1,6 @@
 //! `POST /events/{subject}`: publishes the body as one event.
 
-use actix_web::{
-    HttpRequest, HttpResponse,
-    http::header::{self, HeaderName},
-    web,
-};
+use actix_web::{HttpRequest, HttpResponse, http::header, web};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -23,7 +19,6 @@ use crate::{
     subject::Subject,
 };
 
-const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Longest idempotency key, in bytes.
 pub const KEY_BYTES_MAX: usize = 255;
 
@@ -57,7 +52,7 @@ async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Resul
     who::check_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;
     let ttl = query.one("ttl")?.map(parse_ttl).transpose()?;
-    let key = header_text(request, &IDEMPOTENCY_KEY)?.map(parse_key).transpose()?;
+    let key = header_text(request, "Idempotency-Key")?.map(parse_key).transpose()?;
     let condition = condition(request)?;
     check_coding(request)?;
     let caller = caller(request, &principal);
@@ -103,7 +98,7 @@ pub fn parse_id(text: &str) -> Result<EventId, ApiError> {
 /// `If-Match: "<id>"` or `If-None-Match: *` (RFC 9110, sections 13.1.1 and 13.1.2).
 fn condition(request: &HttpRequest) -> Result<Option<Condition>, ApiError> {
     let wrong = |detail: &str| Err(ApiError::new(Code::InvalidHeader, detail));
-    match (header_text(request, &header::IF_MATCH)?, header_text(request, &header::IF_NONE_MATCH)?) {
+    match (header_text(request, "If-Match")?, header_text(request, "If-None-Match")?) {
         (None, None) => Ok(None),
         (None, Some("*")) => Ok(Some(Condition::NoneYet)),
         (None, Some(_)) => wrong("If-None-Match takes only *"),
@@ -115,7 +110,7 @@ fn condition(request: &HttpRequest) -> Result<Option<Condition>, ApiError> {
     }
 }
 
-fn header_text<'a>(request: &'a HttpRequest, name: &HeaderName) -> Result<Option<&'a str>, ApiError> {
+fn header_text<'a>(request: &'a HttpRequest, name: &str) -> Result<Option<&'a str>, ApiError> {
     let mut values = request.headers().get_all(name);
     let value = values.next().map(|value| std::str::from_utf8(value.as_bytes()));
     match (value, values.next()) {

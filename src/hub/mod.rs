@@ -230,7 +230,7 @@ impl Hub {
     }
 
     /// Compares every feed with the stream, once. Exact filters are asked for together; their position moves on with
-    /// the stream's while they are quiet. Those with wildcards read for themselves.
+    /// the stream's while they are quiet (see [`Feed::audit`]). Those with wildcards read for themselves.
     async fn audit(&self) -> Result<(), BrokerError> {
         let feeds: Vec<_> = self.0.feeds.all().into_iter().filter(|feed| feed.has_started()).collect();
         let mut exact = vec![];

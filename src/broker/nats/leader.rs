@@ -398,6 +398,7 @@ impl Leader {
     }
 
     async fn asked(&self, sending: Sending) -> Option<Epoch> {
+        // Boxed: few answers need it, and all would make room for it.
         let now = Box::pin(self.info()).await.ok()?.bounds.epoch;
         (now == sending.known.epoch).then_some(now)
     }

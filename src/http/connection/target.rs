@@ -86,7 +86,7 @@ impl Target {
         match (self.place, byte) {
             (Place::Method, b' ') => self.place = Place::Target,
             (Place::Target, b' ') => self.place = Place::Version,
-            (Place::Target, b'\n') => self.end_of_request_line(),
+            (Place::Target, b'\n') => self.end_of_line(&[]),
             _ => {}
         }
     }
@@ -96,27 +96,16 @@ impl Target {
         let end = bytes.iter().position(|byte| *byte == b'\n');
         let text = &bytes[..end.unwrap_or(bytes.len())];
         let passed = text.len() + usize::from(end.is_some());
-        if matches!(self.place, Place::Version) {
-            if end.is_some() {
-                self.end_of_request_line();
-            }
-            return passed;
-        }
         let room = LINE_BYTES.saturating_sub(self.line.len());
         self.line.extend_from_slice(&text[..text.len().min(room)]);
         if end.is_some() {
-            let line = std::mem::take(&mut self.line);
+            let mut line = std::mem::take(&mut self.line);
             self.end_of_line(line.trim_ascii());
+            // Its room serves the next one.
+            line.clear();
             self.line = line;
-            self.line.clear();
         }
         passed
-    }
-
-    fn end_of_request_line(&mut self) {
-        self.body = Body::None;
-        self.line.clear();
-        self.place = Place::Header;
     }
 
     fn end_of_line(&mut self, line: &[u8]) {
@@ -124,6 +113,10 @@ impl Target {
             self.heads += 1;
         }
         self.place = match self.place {
+            Place::Target | Place::Version => {
+                self.body = Body::None;
+                Place::Header
+            }
             Place::Header if line.is_empty() => match self.body {
                 Body::None | Body::Length(0) => Place::Method,
                 Body::Length(length) => Place::Bytes(length),
