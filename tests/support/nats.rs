@@ -7,7 +7,8 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        atomic::{AtomicU32, Ordering},
+        LazyLock,
+        atomic::{AtomicU16, AtomicU32, Ordering},
         mpsc,
     },
     time::Duration,
@@ -186,11 +187,12 @@ fn run(binary: &Path, arguments: &[String], directory: &Path) -> Child {
     }
 }
 
-/// An address that nobody listens on, nor is likely to: the system gives connections no port below 32768.
+/// An address that nobody listens on, nor is likely to: the system gives connections no port below 32768, and what is
+/// returned here once is not returned again, so that tests that begin together do not take the same.
 pub fn free_address() -> SocketAddr {
-    let mut addresses =
-        std::iter::repeat_with(|| SocketAddr::from(([127, 0, 0, 1], rand::random_range(12_000..32_000))));
-    addresses.find(|address| TcpListener::bind(address).is_ok()).expect("it is endless")
+    static TRIED: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(rand::random()));
+    let next = || SocketAddr::from(([127, 0, 0, 1], 12_000 + TRIED.fetch_add(1, Ordering::Relaxed) % 20_000));
+    std::iter::repeat_with(next).find(|address| TcpListener::bind(address).is_ok()).expect("it is endless")
 }
 
 /// `NATS_SERVER_BIN`, or nats-server on the PATH, or the one in `target/tools`.
