@@ -26,7 +26,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use jiff::Timestamp;
 use rand::RngExt;
 use tokio::{
@@ -50,7 +49,7 @@ use crate::{
     limits::Place,
     metrics::Metrics,
     shutdown::Tasks,
-    sse,
+    sse::{self, Framing},
 };
 
 /// How much a client that does not read holds in the kernel, beyond what it has not acknowledged, in bytes. Without it:
@@ -184,14 +183,14 @@ impl Common {
 }
 
 impl Admission {
-    /// Delivers what `cursor` yields to `socket` until one of the two, or this node, ends, or the client's right to it
+    /// Delivers what `cursor` yields to `socket`, whose response body has this framing, until one of the two, or this node, ends, or the client's right to it
     /// `expires`.
     ///
     /// # Errors
     /// When the socket can't be taken over by this runtime.
     pub fn deliver(
         self,
-        socket: StdTcpStream,
+        (socket, framing): (StdTcpStream, Framing),
         opening: Opening,
         cursor: Cursor,
         client: Client,
@@ -206,9 +205,10 @@ impl Admission {
             TcpStream::from_std(socket)?
         };
         let record = common.register.open(client, cursor.whereabouts());
-        let opening = opening_bytes(opening, common.retry());
+        let opening = opening_text(opening, common.retry());
         let expiry = expires.map(|expires| Expiry::new(expires, common.expiry_warning));
-        let stream = Stream::new(common, socket, opening, cursor, record, expiry, (self.slot, self.place));
+        let place = (self.slot, self.place);
+        let stream = Stream::new(common, (socket, framing), &opening, cursor, record, expiry, place);
         let porter = next_porter.fetch_add(1, Ordering::Relaxed) % porters.len();
         if let Err(mpsc::error::SendError(stream)) = porters[porter].send(stream) {
             stream.end(End::Cut, common);
@@ -218,10 +218,11 @@ impl Admission {
 }
 
 /// What a client is told before its first event.
-fn opening_bytes(opening: Opening, retry: Duration) -> Bytes {
+fn opening_text(opening: Opening, retry: Duration) -> String {
+    let begin = sse::opening(retry);
     match opening {
-        Opening::Position(id) => sse::opening(retry, Some(&id)),
-        Opening::Snapshot => sse::opening(retry, None),
-        Opening::Gap(gap) => [sse::opening(retry, None), gap.bytes].concat().into(),
+        Opening::Position(id) => begin + &sse::position(&id),
+        Opening::Snapshot => begin,
+        Opening::Gap(gap) => begin + &String::from_utf8_lossy(gap.text()),
     }
 }

@@ -37,7 +37,9 @@
 //! - *Nothing is sent past U.* A feed keeps U, the sequence up to which it is proven complete; live hints prove nothing
 //!   by themselves. See [`hub`] and the doc of its `feed`.
 //! - *A place, not a queue.* What a client has not taken is not kept for it: at most one frame that has been begun.
-//! - *Every frame's id says "everything up to here"*, so that a connection may die after any byte.
+//! - *Every frame's id says "everything up to here"* and is its last line, so that a connection may die after any byte.
+//! - *A promise counts as real clients read it*: each event of the gateway's own has a type, data and an id, each frame is
+//!   one chunk, and a stream that is to go on elsewhere never gets the last one (see [`sse`]).
 //! - *An event is encoded once* for each format, however many clients get it.
 //! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
 //! - *Refused unseen*: what somebody may not do is decided from names alone, before anything is looked up; a bad token

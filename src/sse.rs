@@ -1,11 +1,16 @@
 //! Turns events into the bytes of `text/event-stream` (WHATWG HTML, section 9.2, "Server-sent events"). Pure: knows
 //! nothing of connections, readers or brokers.
 //!
-//! Two rules of that format shape this module. CR, LF and CRLF all end a line, so a payload's CR and CRLF can only
-//! travel as LF. And a block with an `id:` but no `data:` sets the reader's last event id without dispatching anything,
-//! so that positions can travel without events.
+//! Real readers, not only the standard, shape this module:
+//! - CR, LF and CRLF all end a line, so a payload's CR and CRLF can only travel as LF.
+//! - An `id:` without data sets no last event id in Firefox, WebKit and many libraries, and is an empty message to others.
+//!   So a position is a typed event with data: every parser keeps its id, and no `onmessage` sees it.
+//! - Some libraries take an id into use when its line comes. So `id:` is the last line of a block: an event that was cut
+//!   off has not moved the reader.
+//! - Some libraries wait for full buffers unless the body has chunks, and take the end of a connection for the orderly end
+//!   of a body that has none. So each block is one chunk (RFC 9112, section 7.1), whose head is encoded with the block.
 
-use std::{fmt::Display, time::Duration};
+use std::{fmt::Display, io::Write, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -14,8 +19,12 @@ use serde::Serialize;
 
 use crate::event::{Epoch, Event, EventId};
 
-/// A comment line and nothing more: some client libraries dispatch on every blank line.
-pub const HEARTBEAT: &[u8] = b":\n";
+/// The type of the event that only tells a position.
+pub const POSITION: &str = "tidegate.position";
+
+/// Hexadecimal digits of any length, and the end of the line.
+const CHUNK_HEAD_BYTES_MAX: usize = 16 + 2;
+const CHUNK_END: &str = "\r\n";
 
 /// How a reader wants its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,12 +35,32 @@ pub enum Format {
     Json,
 }
 
-/// One block of the stream, ready to be written: its `id:` line first, its blank line last.
+/// How a response's body is framed on its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// In chunks, for HTTP/1.1. What ends without its last chunk has been cut off.
+    Chunked,
+    /// Until the connection closes, for HTTP/1.0.
+    Close,
+}
+
+/// One block of a stream, encoded once for all its readers. Its last line but the blank one is its `id:`.
 #[derive(Clone, Debug)]
 pub struct Block {
-    pub bytes: Bytes,
-    /// How long the `id:` line is. A reader of several filters gets another in its place.
-    pub id_bytes: usize,
+    /// The block as a chunk.
+    chunk: Bytes,
+    /// Where the block begins in the chunk.
+    start: u32,
+    /// Where its `id:` line begins.
+    id_start: u32,
+}
+
+/// The `id:` line of one reader, in the place of a block's own.
+#[derive(Clone, Debug)]
+pub struct OwnId {
+    /// The head of the chunk, then the line, the blank line and the end of the chunk.
+    bytes: Box<[u8]>,
+    line_start: usize,
 }
 
 /// Why some events that a reader was owed are missing.
@@ -52,6 +81,83 @@ impl GapReason {
             GapReason::Recreated => "recreated",
             GapReason::UnknownId => "unknown-id",
         }
+    }
+}
+
+impl Framing {
+    /// A comment line and nothing more: some client libraries dispatch on every blank line.
+    pub fn heartbeat(self) -> Bytes {
+        Bytes::from_static(match self {
+            Framing::Chunked => b"2\r\n:\n\r\n",
+            Framing::Close => b":\n",
+        })
+    }
+
+    /// Text of this module as it is written to the connection.
+    pub fn frame(self, text: &str) -> Bytes {
+        match self {
+            Framing::Chunked => [&chunk_head(text.len()), text, CHUNK_END].concat().into(),
+            Framing::Close => text.to_owned().into(),
+        }
+    }
+}
+
+impl Block {
+    /// A block that begins with these lines, and ends with its id. The lines are the text behind [`Block::room`].
+    fn new(mut lines: Vec<u8>, id: &dyn Display) -> Block {
+        let id_start = lines.len();
+        write!(lines, "id: {id}\n\n").expect("a vector takes everything");
+        let head = chunk_head(lines.len() - CHUNK_HEAD_BYTES_MAX);
+        let unused = CHUNK_HEAD_BYTES_MAX - head.len();
+        lines[unused..CHUNK_HEAD_BYTES_MAX].copy_from_slice(head.as_bytes());
+        lines.extend_from_slice(CHUNK_END.as_bytes());
+        Block {
+            chunk: Bytes::from(lines).slice(unused..),
+            start: head.len() as u32,
+            id_start: (id_start - unused) as u32,
+        }
+    }
+
+    /// A buffer for a block's lines, with room for the head of its chunk before them.
+    fn room(bytes: usize) -> Vec<u8> {
+        let mut room = Vec::with_capacity(CHUNK_HEAD_BYTES_MAX + bytes);
+        room.resize(CHUNK_HEAD_BYTES_MAX, 0);
+        room
+    }
+
+    /// What the block takes on a connection, in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "no block is empty")]
+    pub fn len(&self) -> usize {
+        self.chunk.len()
+    }
+
+    /// The block's text.
+    pub fn text(&self) -> &[u8] {
+        &self.chunk[self.start as usize..self.chunk.len() - CHUNK_END.len()]
+    }
+
+    /// The block as it is written to a connection, with the reader's own id where it has one. Pieces may be empty.
+    pub fn pieces<'b>(&'b self, own: Option<&'b OwnId>, framing: Framing) -> [&'b [u8]; 3] {
+        match (own, framing) {
+            (None, Framing::Chunked) => [&self.chunk, &[], &[]],
+            (None, Framing::Close) => [self.text(), &[], &[]],
+            (Some(own), framing) => {
+                let fields = &self.chunk[self.start as usize..self.id_start as usize];
+                let (head, line) = own.bytes.split_at(own.line_start);
+                match framing {
+                    Framing::Chunked => [head, fields, line],
+                    Framing::Close => [fields, &line[..line.len() - CHUNK_END.len()], &[]],
+                }
+            }
+        }
+    }
+
+    /// The line with `id` for one reader of this block.
+    pub fn own_id(&self, id: &dyn Display) -> OwnId {
+        let line = format!("id: {id}\n\n");
+        let fields = (self.id_start - self.start) as usize;
+        let head = chunk_head(fields + line.len());
+        OwnId { line_start: head.len(), bytes: [&head, &*line, CHUNK_END].concat().into_bytes().into() }
     }
 }
 
@@ -79,70 +185,76 @@ pub fn gap(requested: &str, resumed: &dyn Display, reason: GapReason) -> Block {
     block(resumed, Some("tidegate.gap"), &data)
 }
 
-/// A block that moves the reader's position and dispatches nothing.
-pub fn position(id: &dyn Display) -> Bytes {
-    format!("id: {id}\n\n").into()
+/// The event that moves the reader's position, and says nothing else.
+pub fn position(id: &dyn Display) -> String {
+    format!("event: {POSITION}\ndata: {{}}\nid: {id}\n\n")
 }
 
-/// The line that stands in the place of a block's own `id:`.
-pub fn id_line(id: &dyn Display) -> Bytes {
-    format!("id: {id}\n").into()
+/// The first line of every stream: how long to wait before reconnecting. A block follows at once, or with the first event
+/// where nothing is to be said before it: a blank line here would be an empty message to some readers.
+pub fn opening(retry: Duration) -> String {
+    format!("retry: {}\n", retry.as_millis())
 }
 
-/// The first bytes of every stream: how long to wait before reconnecting, and, unless a gap that says it follows, the
-/// position before the first event owed.
-pub fn opening(retry: Duration, position: Option<&dyn Display>) -> Bytes {
-    match position {
-        Some(id) => format!("retry: {}\nid: {id}\n\n", retry.as_millis()).into(),
-        None => format!("retry: {}\n\n", retry.as_millis()).into(),
-    }
+/// The event that warns of a token's end.
+pub fn token_expiring(expires: Timestamp, id: Option<&dyn Display>) -> String {
+    format!("event: tidegate.token-expiring\ndata: {{\"expires\":\"{expires}\"}}\n{}\n", id_line(id))
 }
 
-/// The block that warns of a token's end. Without an id: the reader stays where it is.
-pub fn token_expiring(expires: Timestamp) -> Bytes {
-    format!("event: tidegate.token-expiring\ndata: {{\"expires\":\"{expires}\"}}\n\n").into()
+/// The last event of a stream that the gateway ends by its own will: why, and when to come back.
+pub fn bye(retry: Duration, reason: &str, id: Option<&dyn Display>) -> String {
+    farewell("tidegate.bye", retry, reason, &id_line(id))
 }
 
-/// The last bytes of a stream that the gateway ends by its own will, or the only ones of one that it refuses for now.
-/// `why` is a single line.
-pub fn farewell(retry: Duration, why: &str) -> Bytes {
-    debug_assert!(!why.contains(['\r', '\n']), "a comment is one line");
-    format!("retry: {}\n: {why}\n\n", retry.as_millis()).into()
+/// All that a stream says which is refused for now: why, and when to come back. The id that the reader presented is said
+/// again, because some readers forget their place over an event that has none.
+pub fn refused(retry: Duration, reason: &str, presented: Option<&str>) -> String {
+    let presented = presented.filter(|id| !id.is_empty() && !id.contains(['\r', '\n', '\0']));
+    let id = id_line(presented.as_ref().map(|id| id as &dyn Display));
+    id + &farewell("tidegate.refused", retry, reason, "")
+}
+
+fn farewell(kind: &str, retry: Duration, reason: &str, id_line: &str) -> String {
+    let data = serde_json::json!({ "reason": reason });
+    format!("event: {kind}\nretry: {}\ndata: {data}\n{id_line}\n", retry.as_millis())
+}
+
+fn chunk_head(bytes: usize) -> String {
+    format!("{bytes:x}\r\n")
+}
+
+fn id_line(id: Option<&dyn Display>) -> String {
+    id.map(|id| format!("id: {id}\n")).unwrap_or_default()
 }
 
 fn raw(id: &EventId, event: &Event, text: &str) -> Block {
-    let mut out = String::with_capacity(64 + text.len() + text.len() / 16);
-    out.push_str("id: ");
-    out.push_str(&id.to_string());
-    out.push('\n');
-    let id_bytes = out.len();
+    let mut lines = Block::room(72 + text.len() + text.len() / 16);
     if let Some(kind) = &event.kind {
-        out.push_str("event: ");
-        out.push_str(kind.as_str());
-        out.push('\n');
+        push(&mut lines, &["event: ", kind.as_str(), "\n"]);
     }
     let mut rest = text;
     loop {
         let end = rest.find(['\r', '\n']);
-        out.push_str("data: ");
-        out.push_str(&rest[..end.unwrap_or(rest.len())]);
-        out.push('\n');
+        push(&mut lines, &["data: ", &rest[..end.unwrap_or(rest.len())], "\n"]);
         let Some(end) = end else { break };
         let ending = if rest[end..].starts_with("\r\n") { 2 } else { 1 };
         rest = &rest[end + ending..];
     }
-    out.push('\n');
-    Block { bytes: out.into(), id_bytes }
+    Block::new(lines, id)
 }
 
 /// A block with one line of data.
 fn block(id: &dyn Display, kind: Option<&str>, data: &str) -> Block {
-    let id_line = format!("id: {id}\n");
-    let bytes = match kind {
-        Some(kind) => format!("{id_line}event: {kind}\ndata: {data}\n\n").into(),
-        None => format!("{id_line}data: {data}\n\n").into(),
-    };
-    Block { bytes, id_bytes: id_line.len() }
+    let mut lines = Block::room(96 + data.len());
+    if let Some(kind) = kind {
+        push(&mut lines, &["event: ", kind, "\n"]);
+    }
+    push(&mut lines, &["data: ", data, "\n"]);
+    Block::new(lines, id)
+}
+
+fn push(lines: &mut Vec<u8>, parts: &[&str]) {
+    parts.iter().for_each(|part| lines.extend_from_slice(part.as_bytes()));
 }
 
 /// The event as one line of JSON: `{"id","subject","time","type","data"}`, with `data_base64` in place of `data` where

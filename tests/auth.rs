@@ -20,7 +20,7 @@ use support::{
     http::{Request, Response},
     nginx::Nginx,
     site::{Page, Site},
-    sse::{Event, EventStream, Signal},
+    sse::{Event, EventStream, Signal, farewell},
     tokens::{KeyPair, SECRET, forge, now, reader, token, unsigned},
 };
 
@@ -491,8 +491,8 @@ fn a_stream_ends_with_its_token_and_goes_on_with_the_next() {
     assert_eq!(stream.next(), Event::new(&two, "message", "two"), "until the end the stream goes on");
     let rest = stream.rest();
     assert!(now() >= until, "it ends at exp");
-    assert!(rest.iter().any(|signal| matches!(signal, Signal::Retry(_))), "{rest:?}");
-    assert!(rest.iter().any(|signal| matches!(signal, Signal::Comment(why) if why.contains("token"))), "{rest:?}");
+    let [.., Signal::Retry(_), Signal::Event(bye)] = &rest[..] else { panic!("{rest:?} has no farewell") };
+    assert_eq!((bye.reason("tidegate.bye"), &bye.id), ("token_expired".into(), &two));
     gateway.wait_for_metric("tidegate_streams", 0.0);
     assert!(gateway.ask_admin("/metrics").text().contains(r#"reason="token-expired"} 1"#));
 
@@ -606,7 +606,7 @@ fn a_gateway_starts_while_its_provider_is_down() {
     let request = || get("/events/demo").bearer(&pair.token(Some("one")));
     assert_eq!(ask(&gateway, request()), (503, "keys_unavailable".into()));
     let told = EventStream::begin(gateway.connect(), request().header("Accept", "text/event-stream")).rest();
-    assert!(matches!(&told[..], [Signal::Retry(_), Signal::Comment(_), ..]), "{told:?}");
+    assert_eq!(farewell(&told).reason("tidegate.refused"), "keys_unavailable");
     assert_eq!(ask(&gateway, get("/events/public")).0, 200);
 
     let _site = Site::start_at(address, provider(keys));

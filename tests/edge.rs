@@ -11,7 +11,7 @@ use support::{
     gateway::{Gateway, Launch},
     http::{Connection, Request},
     nginx::Nginx,
-    sse::EventStream,
+    sse::{EventStream, Parser, Signal, farewell},
 };
 
 struct Edge {
@@ -94,7 +94,7 @@ fn curl_reads_over_tls_and_http_2() {
         .output()
         .expect("curl is installed");
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("data: hello\n\n") && text.ends_with("HTTP 2"), "{text}");
+    assert!(text.contains("data: hello\nid: ") && text.ends_with("HTTP 2"), "{text}");
 }
 
 #[test]
@@ -107,7 +107,10 @@ fn a_stream_goes_on_at_the_other_gateway() {
 
     let serving = usize::from(edge.gateways[1].metric("tidegate_streams") == 1.0);
     edge.gateways[serving].kill();
-    assert!(stream.rest().is_empty(), "the stream ends with its gateway");
+    assert!(
+        stream.rest().is_empty() && stream.was_cut,
+        "the stream ends with its gateway, and not as if it were whole"
+    );
     edge.publish("two");
     let mut stream = edge.stream(Request::get("/events/demo").header("Last-Event-ID", &one.id));
     assert_eq!(stream.next().data, "two");
@@ -130,9 +133,16 @@ fn when_nobody_answers_an_event_source_is_told_to_retry_and_others_get_a_status(
     let mut edge = Edge::start();
     edge.gateways.iter_mut().for_each(Gateway::kill);
 
-    let response = edge.ask(event_source("/events/demo"));
-    assert_eq!((response.status, response.header("Content-Type")), (200, Some("text/event-stream")));
-    assert!(response.text().starts_with("retry: "), "{response:?}");
+    for (target, header, presented) in [
+        ("/events/demo", "", ""),
+        ("/events/demo", "0k3f9x-1042~Wq3x_Ab7.kP0dF9z2", "0k3f9x-1042~Wq3x_Ab7.kP0dF9z2"),
+        ("/events/demo?lastEventId=0k3f9x-1042", "", "0k3f9x-1042"),
+        ("/events/demo?lastEventId=%0Adata:x", "", ""),
+        ("/events/demo", "none of ours", ""),
+    ] {
+        let request = event_source(target).header("Last-Event-ID", header);
+        assert_refused(&edge.ask(request), "gateway_away", presented);
+    }
 
     let response = edge.ask("/events/demo");
     assert_eq!(response.status, 503, "{response:?}");
@@ -251,8 +261,17 @@ fn open_streams_of_an_address_are_limited_and_an_ipv6_client_is_its_network() {
 }
 
 fn assert_told_to_retry(response: &support::http::Response) {
+    assert_refused(response, "too_many_requests", "");
+}
+
+/// That an EventSource is refused for now, for this reason, and told the id again that it presented.
+fn assert_refused(response: &support::http::Response, reason: &str, presented: &str) {
     assert_eq!((response.status, response.header("Content-Type")), (200, Some("text/event-stream")), "{response:?}");
-    assert!(response.text().starts_with("retry: ") && response.text().contains("this address"), "{response:?}");
+    assert_eq!(response.header("Cache-Control"), Some("no-store, no-transform"));
+    let said = Parser::default().feed(&response.body);
+    assert!(matches!(said[0], Signal::Retry(2000..=6999)), "{said:?}");
+    let refused = farewell(&said);
+    assert_eq!((&*refused.reason("tidegate.refused"), &*refused.id), (reason, presented));
 }
 
 #[test]
@@ -295,7 +314,7 @@ fn tokens_are_not_written_when_nginx_has_no_connection_left() {
     let target = format!("/events/demo?_token={secret}");
     let _streams = [edge.stream(&target), edge.stream(&target)];
     let response = edge.ask(event_source(&target));
-    assert!(response.text().contains("no gateway can answer"), "{response:?}");
+    assert_refused(&response, "gateway_away", "");
 
     // That none was tried is how an operator learns of it.
     assert_not_written(&edge.nginx, "upstream= status=- sent=0", secret);

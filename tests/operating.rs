@@ -17,7 +17,7 @@ use support::{
     gateway::{Ended, Gateway, Launch},
     http::Request,
     nats::NatsServer,
-    sse::Signal,
+    sse::{Signal, farewell},
 };
 
 /// A file of settings that is gone with the test.
@@ -241,9 +241,8 @@ fn a_node_that_leaves_serves_everything_until_it_has_been_noticed() {
     assert_eq!((before.next().data, after.next().data), ("still here".into(), "still here".into()));
     assert!(began.elapsed() < Duration::from_secs(2), "too slow to tell");
     let mut retries = [&mut before, &mut after].map(|stream| {
-        assert!(
-            stream.rest().iter().any(|signal| matches!(signal, Signal::Comment(why) if why.contains("going away")))
-        );
+        let said = stream.rest();
+        assert_eq!(farewell(&said).reason("tidegate.bye"), "draining");
         stream.retry
     });
     retries.sort();
@@ -266,8 +265,10 @@ fn a_stream_has_a_longest_life_and_goes_on_where_it_was() {
     let gateway = Launch::new().with("sse.max_life", "1s").with("sse.heartbeat", "100ms").start();
     let mut stream = gateway.stream("/events/demo");
     gateway.publish("demo", "one");
-    assert_eq!(stream.next().data, "one");
-    stream.rest();
+    let one = stream.next();
+    let said = stream.rest();
+    let [.., Signal::Retry(_), Signal::Event(bye)] = &said[..] else { panic!("{said:?} has no farewell") };
+    assert_eq!((&*one.data, bye.reason("tidegate.bye"), &bye.id), ("one", "max_life".into(), &one.id));
     assert!(stream.retry.unwrap() <= 400, "it may come back at once: {:?}", stream.retry);
     gateway.publish("demo", "two");
     assert_eq!(gateway.resume("/events/demo", &stream.last_event_id).next().data, "two");
@@ -281,7 +282,7 @@ fn a_node_with_few_open_files_refuses_politely_and_recovers() {
     let mut gateway = Launch::new().with_files(100).start();
     let mut streams: Vec<_> = (0..27).map(|_| gateway.stream("/events/demo")).collect();
     let refused = gateway.ask(Request::get("/events/demo").header("Accept", "text/event-stream"));
-    assert_eq!((refused.status, refused.text().starts_with("retry: ")), (200, true), "{refused:?}");
+    assert_eq!((refused.status, refused.text().contains("\nretry: ")), (200, true), "{refused:?}");
     assert!(refused.text().contains("too_many_streams"), "{refused:?}");
     let ready = gateway.ask_admin("/health/ready");
     assert_eq!((ready.status, ready.text().starts_with("full")), (503, true), "{ready:?}");

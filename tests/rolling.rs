@@ -19,6 +19,7 @@ use mio::{Events, Interest, Poll, Token, net::TcpStream};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use support::{
     backend::Backend,
+    chunks::Chunks,
     gateway::Launch,
     http::{Connection, Request},
     nginx::Nginx,
@@ -187,6 +188,8 @@ struct Client {
     /// Until it is whole, and then nothing.
     head: Vec<u8>,
     answered: bool,
+    /// Of a body that has any.
+    chunks: Option<Chunks>,
     parser: Parser,
     last_event_id: String,
     retry: Duration,
@@ -234,10 +237,9 @@ impl Crowd {
         let Some(socket) = &mut client.socket else { return };
         if !client.asked && socket.peer_addr().is_ok() {
             client.asked = true;
-            // HTTP/1.0: an answer without chunks.
             let id = &client.last_event_id;
             let request = format!(
-                "GET /events/demo HTTP/1.0\r\nHost: localhost\r\nAccept: text/event-stream\r\nLast-Event-ID: {id}\r\n\r\n"
+                "GET /events/demo HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\nLast-Event-ID: {id}\r\n\r\n"
             );
             socket.write_all(request.as_bytes()).expect("a fresh socket has room");
         }
@@ -262,6 +264,8 @@ impl Crowd {
             let Some(end) = client.head.windows(4).position(|window| window == b"\r\n\r\n") else { return };
             body = client.head.split_off(end + 4);
             client.answered = true;
+            let head = String::from_utf8_lossy(&client.head).to_ascii_lowercase();
+            client.chunks = head.contains("\r\ntransfer-encoding: chunked\r\n").then(Chunks::default);
             self.opening -= 1;
             state.streaming += 1;
             if std::mem::replace(&mut client.was_here, true) {
@@ -271,8 +275,12 @@ impl Crowd {
                 state.wrong.push(String::from_utf8_lossy(&client.head).into_owned());
             }
         }
+        if let Some(chunks) = &mut client.chunks {
+            body = chunks.feed(&body);
+        }
         for signal in client.parser.feed(&body) {
             match signal {
+                Signal::Event(event) if ["tidegate.bye", "tidegate.refused"].contains(&&*event.kind) => {}
                 Signal::Event(event) if event.data == (state.seen[number] + 1).to_string() => state.seen[number] += 1,
                 Signal::Event(event) => {
                     let seen = state.seen[number];

@@ -3,19 +3,22 @@
 
 mod support;
 
+use std::collections::HashMap;
+
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use jiff::Timestamp;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use proptest::{prelude::*, test_runner::TestRunner};
 use support::{
+    chunks::Chunks,
     gateway::Launch,
     http::Request,
-    sse::{Event, Parser, Signal},
+    sse::{Event, EventStream, Parser, Signal},
 };
 use tidegate::{
     event::{self, Epoch, EventId, EventType},
-    sse::{self, Format},
+    sse::{self, Format, Framing},
     subject::Subject,
 };
 
@@ -129,8 +132,8 @@ proptest! {
     fn any_event_survives_the_wire(payload in payload(), kind in kind()) {
         let stored = stored(&payload, kind.clone(), 42);
 
-        let raw = only_event(&sse::event(epoch(), &stored, Format::Raw).bytes);
-        let json = only_event(&sse::event(epoch(), &stored, Format::Json).bytes);
+        let raw = only_event(sse::event(epoch(), &stored, Format::Raw).text());
+        let json = only_event(sse::event(epoch(), &stored, Format::Json).text());
 
         assert_raw(&raw, &id(42), &payload, kind.as_ref());
         assert_eq!((json.id.as_str(), json.kind.as_str()), (&*id(42), "message"));
@@ -142,11 +145,11 @@ proptest! {
         events in prop::collection::vec((payload(), kind()), 1..5),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
     ) {
-        let mut bytes = sse::opening(std::time::Duration::from_secs(3), None).to_vec();
+        let mut bytes = sse::opening(std::time::Duration::from_secs(3)).into_bytes();
         for (sequence, (payload, kind)) in (1..).zip(events) {
-            bytes.extend(sse::event(epoch(), &stored(&payload, kind, sequence), Format::Raw).bytes);
-            bytes.extend(sse::HEARTBEAT);
-            bytes.extend(sse::position(&EventId { epoch: epoch(), sequence }));
+            bytes.extend(sse::event(epoch(), &stored(&payload, kind, sequence), Format::Raw).text());
+            bytes.extend(Framing::Close.heartbeat());
+            bytes.extend(sse::position(&EventId { epoch: epoch(), sequence }).into_bytes());
         }
         let whole = Parser::default().feed(&bytes);
 
@@ -155,6 +158,25 @@ proptest! {
         let mut parser = Parser::default();
         let pieces = cuts.windows(2).flat_map(|cut| parser.feed(&bytes[cut[0]..cut[1]]));
         assert_eq!(pieces.collect::<Vec<_>>(), whole);
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_block_is_one_chunk_with_its_id_last_whosever_id_that_is(payload in payload(), kind in kind(), other in 1..u64::MAX) {
+        let block = sse::event(epoch(), &stored(&payload, kind, 42), Format::Raw);
+        let ends_with = |text: &[u8], sequence| text.ends_with(format!("\nid: {}\n\n", id(sequence)).as_bytes());
+
+        let own = block.own_id(&EventId { epoch: epoch(), sequence: other });
+        for (own, sequence) in [(None, 42), (Some(&own), other)] {
+            let plain = block.pieces(own, Framing::Close).concat();
+            let chunk = block.pieces(own, Framing::Chunked).concat();
+            assert_eq!(chunk, [format!("{:x}\r\n", plain.len()).as_bytes(), &plain, b"\r\n"].concat());
+            assert!(ends_with(&plain, sequence));
+            assert_eq!(plain.windows(4).filter(|line| line == b"\nid:").count(), 1);
+        }
+        assert_eq!(block.len(), block.pieces(None, Framing::Chunked).concat().len());
+        assert_eq!(block.text(), block.pieces(None, Framing::Close)[0]);
     }
 }
 
@@ -167,8 +189,8 @@ fn lines_of_a_mebibyte_survive_the_wire() {
     no_text[MEBIBYTE - 1] = 0xc3;
     for payload in [vec![b'x'; MEBIBYTE], vec![b'\n'; MEBIBYTE], b"\r\n".repeat(MEBIBYTE / 2), broken_up, no_text] {
         let stored = stored(&payload, None, 1);
-        let raw = only_event(&sse::event(epoch(), &stored, Format::Raw).bytes);
-        let json = only_event(&sse::event(epoch(), &stored, Format::Json).bytes);
+        let raw = only_event(sse::event(epoch(), &stored, Format::Raw).text());
+        let json = only_event(sse::event(epoch(), &stored, Format::Json).text());
         assert_raw(&raw, &id(1), &payload, None);
         assert_json(&json.data, &id(1), &payload, None);
     }
@@ -244,4 +266,155 @@ fn the_tests_own_parser_follows_the_standard() {
     }
     let no_text = Parser::default().feed(b"data: \xff\xc3\n\n");
     assert_eq!(no_text, [message("", "message", "\u{fffd}\u{fffd}")]);
+}
+
+/// How a client reads a stream, and keeps the place from which it resumes.
+#[derive(Clone, Copy, Debug)]
+enum Reader {
+    /// By the standard: an id counts once its block has ended.
+    Standard,
+    /// As Firefox and WebKit: an id counts once an event with data has been dispatched.
+    OnDispatch,
+    /// As libraries that take an id into use when its line comes.
+    OnLine,
+    /// Line by line, as a shell script does: each line of data is JSON, and has the place in it.
+    Json,
+}
+
+/// What a reader has when the connection is cut: how many events, and its place.
+#[derive(Clone, Debug, Default)]
+struct Read {
+    events: usize,
+    place: Option<String>,
+}
+
+impl Reader {
+    /// What the reader has after each byte of the body, before the first of them included.
+    fn read(self, body: impl Iterator<Item = Vec<u8>>) -> Vec<Read> {
+        let (mut parser, mut line, mut read) = (Parser::default(), vec![], Read::default());
+        let mut states = vec![read.clone()];
+        for bytes in body {
+            for byte in bytes {
+                let signals = parser.feed(&[byte]);
+                line.push(byte);
+                let whole_line =
+                    line.ends_with(b"\n").then(|| String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned());
+                let field = |name| whole_line.as_deref().and_then(|line| line.strip_prefix(name)).map(str::trim_end);
+                if let Reader::Json = self {
+                    let json = field("data: ").map(|data| serde_json::from_str::<serde_json::Value>(data).unwrap());
+                    if let Some(id) = json.as_ref().and_then(|json| json["id"].as_str()) {
+                        read = Read { events: read.events + 1, place: Some(id.to_owned()) };
+                    }
+                    continue;
+                }
+                if let (Reader::OnLine, Some(id)) = (self, field("id: ")) {
+                    read.place = Some(id.to_owned());
+                }
+                for signal in signals {
+                    read.events += usize::from(matches!(signal, Signal::Event(_)));
+                    if let (
+                        Reader::Standard | Reader::OnDispatch,
+                        Signal::Event(Event { id, .. }) | Signal::Position(id),
+                    ) = (self, signal)
+                    {
+                        read.place = Some(id).filter(|id| !id.is_empty());
+                    }
+                }
+            }
+            states.push(read.clone());
+        }
+        states
+    }
+}
+
+/// The events in what has arrived of a body.
+fn events_of(bytes: &[u8], is_chunked: bool) -> Vec<Event> {
+    let body = if is_chunked { Chunks::default().feed(bytes) } else { bytes.to_vec() };
+    let signals = Parser::default().feed(&body).into_iter();
+    signals.filter_map(|signal| if let Signal::Event(event) = signal { Some(event) } else { None }).collect()
+}
+
+#[test]
+fn a_stream_that_is_cut_at_any_byte_is_resumed_with_each_event_once() {
+    const EVENTS: usize = 200;
+    let gateway = Launch::new().start();
+    let subject = |number: usize| ["a.0", "a.1", "b"][number * number % 3];
+    for number in 0..EVENTS {
+        let data = [format!("{number}"), format!("{number}\n\nid: x\n"), format!("{number}\r")][number % 3].clone();
+        let target = match number % 4 {
+            0 => format!("/events/{}?type=t{number}", subject(number)),
+            _ => format!("/events/{}", subject(number)),
+        };
+        assert_eq!(gateway.ask(Request::post(target).body(data)).status, 201);
+    }
+    let number = |event: &Event| -> usize {
+        let data = match event.data.starts_with('{') {
+            true => event.json()["data"].as_str().unwrap().to_owned(),
+            false => event.data.clone(),
+        };
+        data.split(['\n', '\r']).next().unwrap().parse().unwrap()
+    };
+    let one = "/events/>?from=first";
+    let several = "/events?subject=a.*&subject=b&from=first";
+    let json = "/events/>?from=first&format=json";
+    let targets = [
+        (one, vec![Reader::Standard, Reader::OnDispatch, Reader::OnLine]),
+        (several, vec![Reader::Standard, Reader::OnDispatch, Reader::OnLine]),
+        (json, vec![Reader::Standard, Reader::OnDispatch, Reader::OnLine, Reader::Json]),
+    ];
+    let mut streams = vec![];
+    for (target, readers) in &targets {
+        for is_chunked in [true, false] {
+            let request = Request::get(target).header("Accept", "text/event-stream");
+            let request = if is_chunked { request } else { request.http_1_0() };
+            let mut connection = gateway.connect();
+            connection.send(&request);
+            connection.head();
+            let bytes = connection.raw_body_until(|bytes| events_of(bytes, is_chunked).len() == EVENTS);
+            streams.push((target, readers, is_chunked, request, bytes));
+        }
+    }
+    // Of each filter, so that all of them are seen to have nothing else left.
+    let last = [EVENTS, EVENTS + 1].map(|number| {
+        let target = ["/events/a.0", "/events/b"][number - EVENTS];
+        gateway.ask(Request::post(target).body(number.to_string()));
+        number
+    });
+    for (target, readers, is_chunked, request, bytes) in streams {
+        let order: Vec<_> = events_of(&bytes, is_chunked).iter().map(number).collect();
+        assert_eq!(order.len(), EVENTS);
+        let mut resumed: HashMap<Option<String>, Vec<usize>> = HashMap::new();
+        for reader in readers {
+            let mut chunks = Chunks::default();
+            let pieces = bytes.iter().map(|byte| if is_chunked { chunks.feed(&[*byte]) } else { vec![*byte] });
+            let states = reader.read(pieces);
+            assert_eq!(states.len(), bytes.len() + 1);
+            let mut lost_on_line = 0;
+            for (cut, Read { events, place }) in states.into_iter().enumerate() {
+                let after = resumed.entry(place.clone()).or_insert_with(|| {
+                    let request = place.iter().fold(request.clone(), |request, id| request.header("Last-Event-ID", id));
+                    let mut stream = EventStream::begin(gateway.connect(), request);
+                    let mut got = vec![];
+                    while !last.iter().all(|last| got.contains(last)) {
+                        got.push(number(&stream.next()));
+                    }
+                    got
+                });
+                let mut all: Vec<_> = order[..events].iter().chain(&*after).copied().collect();
+                all.sort_unstable();
+                let is_whole = all == (0..EVENTS + 2).collect::<Vec<_>>();
+                // Between an id's line and the blank one, such a reader can't be helped.
+                if let (Reader::OnLine, false) = (reader, is_whole) {
+                    lost_on_line += 1;
+                    assert_eq!(all.len(), EVENTS + 1, "{target}, chunked: {is_chunked}, cut after {cut} bytes");
+                    continue;
+                }
+                assert!(
+                    is_whole,
+                    "{target}, chunked: {is_chunked}, {reader:?} cut after {cut} bytes, at {place:?}: {all:?}"
+                );
+            }
+            assert!(lost_on_line <= EVENTS, "{lost_on_line}");
+        }
+    }
 }

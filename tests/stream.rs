@@ -9,8 +9,9 @@ use support::{
     backend::Backend,
     gateway::{Gateway, Launch},
     http::Request,
-    sse::{Event, EventStream, Signal},
+    sse::{Event, EventStream, Signal, farewell},
 };
+use tidegate::event::EventId;
 
 on_every_broker!(
     a_stream_opens_with_its_position,
@@ -49,16 +50,17 @@ fn a_stream_opens_with_its_position(broker: Backend) {
     let (_, from_first) = opening(&gateway, "/events/demo?from=first");
     let (_, after_first) = opening(&gateway, &format!("/events/demo?from={first}"));
 
-    assert_eq!(now, format!("id: {last}"), "everything up to the last event, whatever its subject, is behind `now`");
-    assert_ne!(from_first, format!("id: {first}"), "the first event is still owed");
-    assert_eq!(after_first, format!("id: {first}"));
-    assert_eq!(head.header("Cache-Control"), Some("no-store"));
+    assert_eq!(now, last, "everything up to the last event, whatever its subject, is behind `now`");
+    assert_ne!(from_first, first, "the first event is still owed");
+    assert_eq!(after_first, first);
+    assert_eq!(head.header("Content-Type"), Some("text/event-stream"));
+    assert_eq!(head.header("Cache-Control"), Some("no-store, no-transform"));
     assert_eq!(head.header("X-Accel-Buffering"), Some("no"));
-    assert_eq!((head.header("Content-Length"), head.header("Transfer-Encoding")), (None, None));
+    assert_eq!((head.header("Content-Length"), head.header("Transfer-Encoding")), (None, Some("chunked")));
     assert_eq!(head.header("Connection"), Some("close"));
 }
 
-/// The head of a stream, and the second line of its opening, which comes after `retry:`.
+/// The head of a stream, and the position in its opening, byte by byte.
 fn opening(gateway: &Gateway, target: &str) -> (support::http::Head, String) {
     let mut connection = gateway.connect();
     connection.send(target);
@@ -68,10 +70,11 @@ fn opening(gateway: &Gateway, target: &str) -> (support::http::Head, String) {
         text.push_str(std::str::from_utf8(&connection.piece().expect("it goes on")).unwrap());
     }
     let (block, _) = text.split_once("\n\n").expect("it contains one");
-    let (retry, id) = block.split_once('\n').unwrap_or_else(|| panic!("{text:?} is no opening"));
+    let lines: Vec<_> = block.split('\n').collect();
+    let [retry, "event: tidegate.position", "data: {}", id] = lines[..] else { panic!("{text:?} is no opening") };
     let retry: u64 = retry.strip_prefix("retry: ").expect("it comes first").parse().unwrap();
     assert!((2000..=4000).contains(&retry), "one to two times what is configured, not {retry}");
-    (head, id.to_owned())
+    (head, id.strip_prefix("id: ").expect("it comes last").to_owned())
 }
 
 fn a_position_is_enough_to_lose_nothing(broker: Backend) {
@@ -454,10 +457,23 @@ fn a_full_node_tells_an_event_source_to_come_back(broker: Backend) {
         let mut refused = EventStream::begin(gateway.connect(), request.clone().header("Accept", accept));
         assert_eq!((refused.head.status, refused.head.header("Content-Type")), (200, Some("text/event-stream")));
         let said = refused.rest();
-        let [Signal::Retry(2000..=4000), Signal::Comment(why), Signal::Position(id)] = &said[..] else {
-            panic!("{said:?} is no refusal")
-        };
-        assert!(why.contains("too_many_streams") && id.is_empty(), "{said:?}");
+        assert!(matches!(said[0], Signal::Retry(2000..=4000)), "{said:?}");
+        let why = farewell(&said);
+        assert_eq!((&*why.reason("tidegate.refused"), &*why.id), ("too_many_streams", ""));
+        assert!(!refused.was_cut, "a refusal is whole");
+    }
+    for (target, header, told) in [
+        ("/events/demo", "0k3f9x-1042", "0k3f9x-1042"),
+        ("/events/demo?lastEventId=0k3f9x-1042%7EWq3x_Ab7", "", "0k3f9x-1042~Wq3x_Ab7"),
+        ("/events/demo?lastEventId=0k3f9x-7", "somebody else's", "somebody else's"),
+        ("/events/demo?lastEventId=x%0Adata:%20y", "", ""),
+        ("/events/demo?lastEventId=x%0Ddata:%20y", "", ""),
+        ("/events/demo?lastEventId=x%00", "", ""),
+    ] {
+        let request = Request::get(target).header("Accept", "text/event-stream").header("Last-Event-ID", header);
+        let said = EventStream::begin(gateway.connect(), request).rest();
+        let why = farewell(&said);
+        assert_eq!((&*why.id, &*why.data), (told, r#"{"reason":"too_many_streams"}"#), "{target} {header:?}");
     }
     for asks_for_status in [
         request.clone(),
@@ -495,8 +511,13 @@ fn a_drain_ends_streams_and_finishes_publishes(broker: Backend) {
 
     assert_eq!(upload.response().status, 201);
     for mut stream in streams {
+        let begun: EventId = stream.last_event_id.parse().unwrap();
         let said = stream.rest();
-        assert!(matches!(&said[..], [Signal::Retry(_), Signal::Comment(_), Signal::Position(_)]), "{said:?}");
+        let bye = farewell(&said);
+        assert_eq!(bye.reason("tidegate.bye"), "draining");
+        let place: EventId = bye.id.parse().expect("a farewell says where its client stands");
+        assert!(place.epoch == begun.epoch && place.sequence >= begun.sequence, "{bye:?}");
+        assert!(stream.was_cut, "a stream that is to go on elsewhere is not whole");
     }
     assert!(gateway.exit_status().success());
     let whole = |signal: &Signal| matches!(signal, Signal::Event(event) if event.data == large);

@@ -6,9 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const HEAD_BYTES: usize = 8 + 1 + 20 + 1;
 
 /// What a gateway writes before a stream's blocks; the floor writes the same.
-pub const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store\r\n\
-    connection: close\r\nx-accel-buffering: no\r\ndate: Thu, 01 Jan 1970 00:00:00 GMT\r\n\r\n\
-    retry: 2000\nid: 000000-1000\n\n";
+pub const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncache-control: no-store, no-transform\r\n\
+    transfer-encoding: chunked\r\nconnection: close\r\nx-accel-buffering: no\r\ndate: Thu, 01 Jan 1970 00:00:00 GMT\r\n\r\n\
+    3f\r\nretry: 2000\nevent: tidegate.position\ndata: {}\nid: 000000-1000\n\n\r\n";
 
 /// The payload of a client's event `number`, from 1: so many bytes of text, dated now.
 pub fn payload(number: u32, bytes: usize) -> String {
@@ -18,9 +18,10 @@ pub fn payload(number: u32, bytes: usize) -> String {
     text
 }
 
-/// The block in which a gateway delivers a payload.
+/// The block in which a gateway delivers a payload, as a chunk.
 pub fn block(number: u32, payload: &str) -> String {
-    format!("id: 000000-{}\ndata: {payload}\n\n", 1000 + number)
+    let block = format!("data: {payload}\nid: 000000-{}\n\n", 1000 + number);
+    format!("{:x}\r\n{block}\r\n", block.len())
 }
 
 /// The number of a payload, and how long ago it was made, in microseconds.

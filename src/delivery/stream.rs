@@ -1,7 +1,7 @@
 //! One client's stream: what is written to its socket, and when that ends.
 //!
-//! The response's head has been written before (see `http::connection`); from here on there are only plain bytes, the
-//! same for everyone. Each function does what can be done now and returns: a stream waits for its feeds (its waker), for
+//! The response's head has been written before (see `http::connection`); from here on there are only the bytes of its body,
+//! the same for everyone, the heads of chunks included. Each function does what can be done now and returns: a stream waits for its feeds (its waker), for
 //! its socket, and for the moment at which it is [`Stream::due`], all at once.
 //!
 //! A client that reads slowly is written to when its socket has room; what waits for it waits in the feed or in history,
@@ -9,6 +9,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt::Display,
     io::{self, IoSlice},
     os::fd::AsRawFd,
     sync::Arc,
@@ -30,7 +31,7 @@ use crate::{
     backoff::jittered,
     hub::{Cursor, Frame},
     limits::Place,
-    sse,
+    sse::{self, Framing},
 };
 
 /// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
@@ -64,6 +65,7 @@ pub(super) enum End {
 
 pub(super) struct Stream {
     socket: TcpStream,
+    framing: Framing,
     cursor: Cursor,
     record: Arc<Record>,
     /// What the socket had no room for.
@@ -101,9 +103,12 @@ struct Held {
 
 /// What is being written.
 struct Words {
+    framing: Framing,
     /// What comes before the frames, and is no event.
     plain: Bytes,
     frames: VecDeque<Frame>,
+    /// How much of the first frame has been written, in bytes.
+    begun: usize,
 }
 
 /// The end of a client's right to its stream, where that has one.
@@ -131,8 +136,8 @@ impl Stream {
     /// A stream that has written nothing yet, and will begin with `opening`.
     pub fn new(
         common: &Common,
-        socket: TcpStream,
-        opening: Bytes,
+        (socket, framing): (TcpStream, Framing),
+        opening: &str,
         cursor: Cursor,
         record: Arc<Record>,
         expiry: Option<Expiry>,
@@ -140,11 +145,13 @@ impl Stream {
     ) -> Stream {
         common.metrics.streams.inc();
         let now = Instant::now();
+        let opening = Words::plain(framing, framing.frame(opening));
         Stream {
             socket,
+            framing,
             cursor,
             record,
-            held: Some(Box::new(Held::new(Words::plain(opening), now, common))),
+            held: Some(Box::new(Held::new(opening, now, common))),
             written_at: now,
             beat_at: now + jittered(common.sse.heartbeat),
             drains: false,
@@ -198,7 +205,7 @@ impl Stream {
         while self.held.is_none() {
             let Poll::Ready(frames) = self.next_frames(turn) else { break };
             self.written_at = turn.now;
-            self.write(turn, Words { plain: Bytes::new(), frames: frames.into() })?;
+            self.write(turn, Words { frames: frames.into(), ..Words::plain(self.framing, Bytes::new()) })?;
         }
         Ok(())
     }
@@ -268,12 +275,13 @@ impl Stream {
         self.beat_at = turn.now + turn.common.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
     }
 
-    /// Says why it ends, where its client is to know, and lets go of everything.
-    pub fn end(self, end: End, common: &Common) {
+    /// Says why it ends, where its client is to know, and lets go of everything. The body gets no last chunk: there is
+    /// more to come, on another connection.
+    pub fn end(mut self, end: End, common: &Common) {
         let farewell = match end {
-            End::Drained => Some((common.retry(), "this node is going away, please reconnect")),
-            End::Aged => Some((common.retry() / 10, "to spread the load, please reconnect")),
-            End::Expired => Some((common.retry(), "the token has expired, please reconnect with a fresh one")),
+            End::Drained => Some((common.retry(), "draining")),
+            End::Aged => Some((common.retry() / 10, "max_life")),
+            End::Expired => Some((common.retry(), "token_expired")),
             End::ClientClosed
             | End::ClientGone
             | End::Stalled
@@ -282,8 +290,10 @@ impl Stream {
             | End::ExpiredUnread
             | End::Failed => None,
         };
-        if let Some((retry, why)) = farewell {
-            let _ = self.socket.try_write(&sse::farewell(retry, why));
+        if let Some((retry, reason)) = farewell {
+            let id = self.cursor.settled_position();
+            let bye = sse::bye(retry, reason, id.as_ref().map(|id| id as &dyn Display));
+            let _ = self.socket.try_write(&self.framing.frame(&bye));
         }
         let Stream { record, socket, cursor, _slot, _place, .. } = self;
         // Before the metric says so, there is room for another.
@@ -299,8 +309,9 @@ impl Stream {
         if std::mem::replace(&mut expiry.warned, true) {
             return Err(End::Expired);
         }
-        let warning = sse::token_expiring(expiry.expires);
-        self.write(turn, Words::plain(warning))
+        let id = self.cursor.settled_position();
+        let warning = sse::token_expiring(expiry.expires, id.as_ref().map(|id| id as &dyn Display));
+        self.write_plain(turn, self.framing.frame(&warning))
     }
 
     fn beat(&mut self, turn: &Turn<'_>) -> Result<(), End> {
@@ -318,10 +329,10 @@ impl Stream {
         if quiet < heartbeat / 2 {
             next = next.saturating_sub(quiet);
         } else if let Some(id) = self.cursor.quiet_position() {
-            self.write(turn, Words::plain(sse::position(&id)))?;
+            self.write_plain(turn, self.framing.frame(&sse::position(&id)))?;
             self.cursor.tell(&self.record.whereabouts, u64::MAX);
         } else {
-            self.write(turn, Words::plain(Bytes::from_static(sse::HEARTBEAT)))?;
+            self.write_plain(turn, self.framing.heartbeat())?;
         }
         self.beat_at = turn.now + next;
         Ok(())
@@ -352,6 +363,10 @@ impl Stream {
             self.check_peer(common)?;
         }
         Ok(())
+    }
+
+    fn write_plain(&mut self, turn: &Turn<'_>, plain: Bytes) -> Result<(), End> {
+        self.write(turn, Words::plain(self.framing, plain))
     }
 
     /// Writes, and holds what there is no room for.
@@ -423,8 +438,8 @@ struct Whole {
 }
 
 impl Words {
-    fn plain(plain: Bytes) -> Words {
-        Words { plain, frames: VecDeque::new() }
+    fn plain(framing: Framing, plain: Bytes) -> Words {
+        Words { framing, plain, frames: VecDeque::new(), begun: 0 }
     }
 
     fn is_empty(&self) -> bool {
@@ -432,8 +447,13 @@ impl Words {
     }
 
     fn write_to(&self, socket: &TcpStream) -> io::Result<usize> {
-        let pieces = self.frames.iter().flat_map(|frame| [&frame.id_line, &frame.block]);
-        let mut pieces = std::iter::once(&self.plain).chain(pieces).filter(|piece| !piece.is_empty());
+        let mut begun = self.begun;
+        let pieces = self.frames.iter().flat_map(|frame| frame.pieces(self.framing)).map(|piece| {
+            let written = begun.min(piece.len());
+            begun -= written;
+            &piece[written..]
+        });
+        let mut pieces = std::iter::once(&*self.plain).chain(pieces).filter(|piece| !piece.is_empty());
         match (pieces.next(), pieces.next()) {
             // Most often there is one, and room for it: tokio, which keeps what it knows of that elsewhere, need not be
             // asked.
@@ -443,32 +463,28 @@ impl Words {
             },
             (first, second) => {
                 let pieces = first.into_iter().chain(second).chain(pieces).take(PIECES_MAX);
-                let pieces: Vec<_> = pieces.map(|piece| IoSlice::new(piece)).collect();
+                let pieces: Vec<_> = pieces.map(IoSlice::new).collect();
                 socket.try_write_vectored(&pieces)
             }
         }
     }
 
     /// Takes what was written off the front.
-    fn take_off(&mut self, mut written: usize) -> Whole {
+    fn take_off(&mut self, written: usize) -> Whole {
         let mut whole = Whole::default();
-        let Words { plain, frames } = self;
-        let part = plain.len().min(written);
-        plain.advance(part);
-        written -= part;
-        while let Some(frame) = frames.front_mut() {
-            for piece in [&mut frame.id_line, &mut frame.block] {
-                let part = piece.len().min(written);
-                piece.advance(part);
-                written -= part;
-            }
-            if !frame.block.is_empty() {
+        let part = self.plain.len().min(written);
+        self.plain.advance(part);
+        self.begun += written - part;
+        while let Some(frame) = self.frames.front() {
+            let length: usize = frame.pieces(self.framing).iter().map(|piece| piece.len()).sum();
+            if self.begun < length {
                 break;
             }
+            self.begun -= length;
             whole.count += 1;
             whole.reached = Some(frame.sequence);
             whole.newest_stored = frame.stored.or(whole.newest_stored);
-            frames.pop_front();
+            self.frames.pop_front();
         }
         whole
     }

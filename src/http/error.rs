@@ -8,7 +8,10 @@ use actix_web::{
 };
 use serde::Serialize;
 
-use super::passage::request_id;
+use super::{
+    passage::request_id,
+    subscribe::{event_stream, presented_id},
+};
 use crate::{
     auth::Refusal,
     broker::{BrokerError, PublishError},
@@ -176,12 +179,7 @@ impl ApiError {
         }
         // Clients that are to wait for a rate come back spread out like all others.
         let retry = self.wait.unwrap_or_default() + retry;
-        HttpResponse::Ok()
-            .content_type("text/event-stream")
-            .insert_header((header::CACHE_CONTROL, "no-store"))
-            .insert_header(("X-Accel-Buffering", "no"))
-            .force_close()
-            .body(sse::farewell(retry, &format!("{}: {}", self.code.as_str(), self.code.title())))
+        event_stream().body(sse::refused(retry, self.code.as_str(), presented_id(request).as_deref()))
     }
 }
 

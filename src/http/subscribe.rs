@@ -1,8 +1,13 @@
 //! `GET /events/{filter}` and `GET /events?subject={filter}`: opens a stream.
 
-use std::{borrow::Cow, rc::Rc, time::SystemTime};
+use std::{rc::Rc, time::SystemTime};
 
-use actix_web::{HttpRequest, HttpResponse, body::BoxBody, http::header, web};
+use actix_web::{
+    HttpRequest, HttpResponse, HttpResponseBuilder,
+    body::BoxBody,
+    http::{Version, header},
+    web,
+};
 use jiff::Timestamp;
 
 use super::{
@@ -10,14 +15,14 @@ use super::{
     connection::{Handoff, Slot},
     error::{ApiError, Code},
     passage::{address, caller},
-    query::{Query, subject_in_path},
+    query::{Query, decode, subject_in_path},
     who,
 };
 use crate::{
     auth::Principal,
     config::parse_duration,
     hub::{Start, StartAt},
-    sse::Format,
+    sse::{Format, Framing},
     subject::Filter,
 };
 
@@ -87,12 +92,9 @@ impl Wish {
                 return Err(ApiError::new(Code::InvalidParameter, detail));
             }
         };
-        let header = request.headers().get("Last-Event-ID").map(|value| String::from_utf8_lossy(value.as_bytes()));
-        let parameter = query.one("lastEventId")?.map(Cow::from);
-        // Empty is what an EventSource has before its first id.
-        let last_event_id = header.into_iter().chain(parameter).find(|id| !id.is_empty());
-        let last_event_id = last_event_id.map(|id| id.chars().take(ID_CHARS_MAX).collect());
-        Ok(Wish { filters, start: Start { last_event_id, at }, format })
+        // At most once.
+        query.one("lastEventId")?;
+        Ok(Wish { filters, start: Start { last_event_id: presented_id(request), at }, format })
     }
 }
 
@@ -106,22 +108,40 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principa
     let Wish { filters, start, format } = wish;
     let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
     let (client, expires) = (who::client(request, principal), principal.expires());
+    let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
     let handoff = Handoff::new(slot, move |socket| {
-        if let Err(error) = admission.deliver(socket, opening, cursor, client, expires) {
+        if let Err(error) = admission.deliver((socket, framing), opening, cursor, client, expires) {
             tracing::warn!(%error, "a stream's socket could not be taken over");
         }
     });
+    let mut response = event_stream().body(BoxBody::new(handoff));
+    response.head_mut().no_chunking(framing == Framing::Close);
+    Ok(response)
+}
+
+/// The head of every answer that is a stream.
+pub(super) fn event_stream() -> HttpResponseBuilder {
     let mut response = HttpResponse::Ok();
     response
+        // Without a charset, which a library's documented check does not expect: the format is always UTF-8.
         .content_type("text/event-stream")
-        .insert_header((header::CACHE_CONTROL, "no-store"))
+        // Proxies that compress (webpack-dev-server, express `compression`) would hold every byte back.
+        .insert_header((header::CACHE_CONTROL, "no-store, no-transform"))
         // Tells nginx, wherever one is in between, to pass every byte on at once.
         .insert_header(("X-Accel-Buffering", "no"))
         .force_close();
-    let mut response = response.body(BoxBody::new(handoff));
-    // Neither a length nor chunks: the stream is as long as its connection.
-    response.head_mut().no_chunking(true);
-    Ok(response)
+    response
+}
+
+/// The last event id that a request presents, in a header or else in the query, whether it is one of ours or not.
+pub(super) fn presented_id(request: &HttpRequest) -> Option<String> {
+    let headers = request.headers().get_all("Last-Event-ID");
+    let headers = headers.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let parameters = request.query_string().split('&').filter_map(|pair| pair.strip_prefix("lastEventId="));
+    let parameters = parameters.filter_map(|value| decode(value).ok());
+    // Empty is what an EventSource has before its first id.
+    let id = headers.chain(parameters).find(|id| !id.is_empty())?;
+    Some(id.chars().take(ID_CHARS_MAX).collect())
 }
 
 fn parse_filter(text: &str) -> Result<Filter, ApiError> {

@@ -16,7 +16,6 @@ use std::{
     task::{Context, Poll, Waker, ready},
 };
 
-use bytes::Bytes;
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
 use smallvec::SmallVec;
@@ -35,7 +34,7 @@ use crate::{
     event::{Epoch, Event, EventId},
     metrics::Counted,
     position::{Position, Tag},
-    sse::{self, Block, Format, GapReason},
+    sse::{self, Block, Format, Framing, GapReason, OwnId},
     subject::Subject,
 };
 
@@ -89,9 +88,9 @@ pub(super) struct Snapshot {
 #[derive(Clone, Debug)]
 pub struct Frame {
     pub sequence: u64,
-    /// The `id:` line of a reader of several filters; else empty, and the line is in `block`.
-    pub id_line: Bytes,
-    pub block: Bytes,
+    pub block: Block,
+    /// The id of a reader of several filters, in the place of the block's.
+    pub own_id: Option<OwnId>,
     /// When its event was stored: said of the newest of those taken together, if they came live.
     pub stored: Option<Timestamp>,
 }
@@ -116,6 +115,17 @@ impl Place {
     /// How far its reader may say that it is.
     fn settled(&self) -> u64 {
         if self.ahead.is_empty() { self.reader.feed.settled(self.position) } else { self.position }
+    }
+}
+
+impl Frame {
+    fn new(sequence: u64, block: Block) -> Frame {
+        Frame { sequence, block, own_id: None, stored: None }
+    }
+
+    /// The frame as it is written to a connection, in pieces that may be empty.
+    pub fn pieces(&self, framing: Framing) -> [&[u8]; 3] {
+        self.block.pieces(self.own_id.as_ref(), framing)
     }
 }
 
@@ -222,6 +232,15 @@ impl Cursor {
         moved.then(|| self.position())
     }
 
+    /// The position to tell a client that has been handed everything so far, whether it has moved or not. A client that has
+    /// got nothing of its snapshot yet has none.
+    pub fn settled_position(&mut self) -> Option<Position> {
+        self.quiet_position().or_else(|| {
+            let is_before_snapshot = self.snapshot.as_ref().is_some_and(|snapshot| snapshot.position == 0);
+            (!is_before_snapshot).then(|| self.position())
+        })
+    }
+
     /// Where the client stands, to be looked at from outside while it is kept up by [`Cursor::tell`].
     pub fn whereabouts(&self) -> Whereabouts {
         let places = self.places.iter().map(|place| place.reader.feed.filter.clone());
@@ -282,12 +301,12 @@ impl Cursor {
         let (mut frames, mut bytes) = (vec![], 0);
         while let Some(event) = snapshot.ahead.front() {
             let block = sse::event(self.epoch, event, self.format);
-            if !frames.is_empty() && bytes + block.bytes.len() > bytes_max {
+            if !frames.is_empty() && bytes + block.len() > bytes_max {
                 break;
             }
-            bytes += block.bytes.len();
+            bytes += block.len();
             snapshot.position = event.sequence;
-            frames.push(Frame { sequence: event.sequence, id_line: Bytes::new(), block: block.bytes, stored: None });
+            frames.push(Frame::new(event.sequence, block));
             snapshot.ahead.pop_front();
         }
         if frames.is_empty() {
@@ -342,10 +361,10 @@ impl Cursor {
             let sequence = passage.event.sequence;
             if !passage.has_expired() && !self.skips(number, &passage.event.subject, sequence) {
                 let block = passage.block(self.epoch, self.format);
-                if !blocks.is_empty() && bytes + block.bytes.len() > bytes_max {
+                if !blocks.is_empty() && bytes + block.len() > bytes_max {
                     break;
                 }
-                bytes += block.bytes.len();
+                bytes += block.len();
                 blocks.push((sequence, block));
             }
             let place = &mut self.places[number];
@@ -368,13 +387,7 @@ impl Cursor {
     /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
     fn frames(&self, number: usize, blocks: Vec<(u64, Block)>) -> Vec<Frame> {
         if self.places.len() == 1 {
-            let frame = |(sequence, block): (u64, Block)| Frame {
-                sequence,
-                id_line: Bytes::new(),
-                block: block.bytes,
-                stored: None,
-            };
-            return blocks.into_iter().map(frame).collect();
+            return blocks.into_iter().map(|(sequence, block)| Frame::new(sequence, block)).collect();
         }
         // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
         // base that is as high as it can be.
@@ -385,12 +398,7 @@ impl Cursor {
             let this = (self.places[number].tag, sequence);
             let others = others().map(|place| (place.tag, place.position));
             let position = Position::new(self.epoch, base, others.chain([this]));
-            Frame {
-                sequence,
-                id_line: sse::id_line(&position),
-                block: block.bytes.slice(block.id_bytes..),
-                stored: None,
-            }
+            Frame { own_id: Some(block.own_id(&position)), ..Frame::new(sequence, block) }
         };
         blocks.into_iter().map(frame).collect()
     }
@@ -442,7 +450,7 @@ impl Cursor {
     /// The gap from `requested` to where the client stands now.
     fn gap(&self, requested: &str, reason: GapReason) -> Frame {
         let block = self.hub.gap(requested, &self.position(), reason);
-        Frame { sequence: self.places[self.turn].position, id_line: Bytes::new(), block: block.bytes, stored: None }
+        Frame::new(self.places[self.turn].position, block)
     }
 
     fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {

@@ -151,10 +151,10 @@ impl Log {
                 continue;
             }
             let block = entry.block(epoch, format);
-            if !blocks.is_empty() && bytes + block.bytes.len() > bytes_max {
+            if !blocks.is_empty() && bytes + block.len() > bytes_max {
                 break;
             }
-            bytes += block.bytes.len();
+            bytes += block.len();
             reached = entry.sequence;
             stored = entry.stored().or(stored);
             blocks.push((entry.sequence, block));
@@ -217,7 +217,7 @@ impl Content {
     fn bytes(&self) -> usize {
         match self {
             Content::Event { event, .. } => 2 * event.payload.len(),
-            Content::Gap(block) => block.bytes.len(),
+            Content::Gap(block) => block.len(),
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     config::Config,
     event::EventId,
     position::Position,
+    sse::Framing,
     subject::Subject,
 };
 
@@ -194,7 +195,7 @@ async fn take(cursor: &mut Cursor, count: usize) -> Vec<u64> {
 fn text(opening: &Opening) -> String {
     match opening {
         Opening::Position(id) => id.to_string(),
-        Opening::Gap(frame) => String::from_utf8(frame.bytes.to_vec()).unwrap(),
+        Opening::Gap(block) => String::from_utf8(block.text().to_vec()).unwrap(),
         Opening::Snapshot => "a snapshot".into(),
     }
 }
@@ -302,9 +303,8 @@ async fn a_resume_anywhere_goes_on_exactly_after_it() {
 
 /// The id that a frame leaves its client with.
 fn id_of(frame: &Frame) -> Position {
-    let text = [&frame.id_line[..], &frame.block[..]].concat();
-    let text = String::from_utf8(text).unwrap();
-    text.strip_prefix("id: ").and_then(|rest| rest.split('\n').next()).unwrap().parse().unwrap()
+    let text = String::from_utf8(frame.pieces(Framing::Close).concat()).unwrap();
+    text.strip_suffix("\n\n").and_then(|block| block.rsplit("\nid: ").next()).unwrap().parse().unwrap()
 }
 
 /// Reads with several filters, and comes back with other ones in the middle at will.
@@ -391,7 +391,7 @@ async fn an_unknown_id_before_a_snapshot_does_not_stand_behind_it() {
     let start = Start { last_event_id: Some("none of ours".into()), at: StartAt::Snapshot };
     let (opening, _) = subscribe(&hub, "a", start).await;
     // Whoever is cut off here has seen nothing of the snapshot.
-    assert!(text(&opening).starts_with(&format!("id: {}-0\n", id.epoch)), "{opening:?}");
+    assert!(text(&opening).ends_with(&format!("\nid: {}-0\n\n", id.epoch)), "{opening:?}");
     let (_, mut cursor) = subscribe(&hub, "a", after(EventId { sequence: 0, ..id })).await;
     assert_eq!(take(&mut cursor, 1).await, [1]);
 }
@@ -437,7 +437,7 @@ async fn a_stream_made_again_is_told_as_a_gap_to_open_streams_and_to_returning_o
     broker.recreate();
     let new = broker.publish("a.0").await;
     let frames = timeout(BOUND, open.next()).await.unwrap();
-    let gap = String::from_utf8(frames[0].block.to_vec()).unwrap();
+    let gap = String::from_utf8(frames[0].block.text().to_vec()).unwrap();
     let told = format!("\"requested\":\"{old}\",\"resumed\":\"{}-0\",\"reason\":\"recreated\"", new.epoch);
     assert!(gap.contains(&told), "{gap}");
     assert_eq!(take(&mut open, 1).await, [1]);
@@ -491,7 +491,7 @@ async fn expired_history_is_told_with_what_was_asked_for_and_where_it_goes_on() 
     }
     let (_, mut cursor) = subscribe(&hub, "a", after(id)).await;
     let frames = timeout(BOUND, cursor.next()).await.unwrap();
-    let gap = String::from_utf8(frames[0].block.to_vec()).unwrap();
+    let gap = String::from_utf8(frames[0].block.text().to_vec()).unwrap();
     let told = format!("\"requested\":\"{id}\",\"resumed\":\"{}-20\",\"reason\":\"expired\"", id.epoch);
     assert!(gap.contains(&told), "{gap}");
     assert_eq!(take(&mut cursor, 10).await, (21..=30).collect::<Vec<_>>());
@@ -512,7 +512,7 @@ async fn what_is_gone_before_anyone_heard_of_it_is_told_as_a_gap() {
     }
     // What the audit is told of `a` is that there is nothing.
     let frames = timeout(BOUND, cursor.next()).await.unwrap();
-    let gap = String::from_utf8(frames[0].block.to_vec()).unwrap();
+    let gap = String::from_utf8(frames[0].block.text().to_vec()).unwrap();
     assert!(gap.contains("\"reason\":\"expired\""), "{gap}");
 }
 

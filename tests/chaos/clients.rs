@@ -20,7 +20,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     checker::{Begins, Entry, Log, What},
     ledger::Ledger,
-    support::sse::{Parser, Signal},
+    support::{
+        chunks::Chunks,
+        sse::{Event, Parser, Signal},
+    },
 };
 
 /// How long a node may take to answer at all; one that is frozen takes longer, and another is asked.
@@ -112,14 +115,14 @@ impl Visitor {
 
     async fn visit(&mut self) {
         let door = self.doors[self.dice.random_range(0..self.doors.len())];
-        let Some((socket, first)) = self.open(door).await else { return };
+        let Some((socket, chunks, first)) = self.open(door).await else { return };
         self.note(What::Opened { last_event_id: self.last_event_id.clone(), by: door.name });
-        self.read(socket, first).await;
+        self.read(socket, chunks, first).await;
         self.note(What::Ended);
     }
 
-    /// Opens a stream: the socket, and what of the body came with the head.
-    async fn open(&self, door: Door) -> Option<(TcpStream, Vec<u8>)> {
+    /// Opens a stream: the socket, the decoder of its body's chunks where it has any, and what of the body came with the head.
+    async fn open(&mut self, door: Door) -> Option<(TcpStream, Option<Chunks>, Vec<u8>)> {
         let until = Instant::now() + ANSWER;
         let mut socket = timeout_at(until, self.connect(door.address)).await.ok()?.ok()?;
         let from = match self.begins() {
@@ -127,8 +130,9 @@ impl Visitor {
             Begins::First => "first",
         };
         let subjects: String = self.filters().iter().map(|filter| format!("&subject={filter}")).collect();
+        let version = if self.dice.random_ratio(1, 4) { "HTTP/1.0" } else { "HTTP/1.1" };
         let mut request =
-            format!("GET /events?from={from}{subjects} HTTP/1.0\r\nHost: localhost\r\nAccept: text/event-stream\r\n");
+            format!("GET /events?from={from}{subjects} {version}\r\nHost: localhost\r\nAccept: text/event-stream\r\n");
         if let Some(id) = &self.last_event_id {
             request.push_str(&format!("Last-Event-ID: {id}\r\n"));
         }
@@ -154,7 +158,10 @@ impl Visitor {
                 return None;
             }
         }
-        Some((socket, received.split_off(end)))
+        let body = received.split_off(end);
+        let head = String::from_utf8_lossy(&received).to_ascii_lowercase();
+        let chunks = head.contains("\r\ntransfer-encoding: chunked\r\n").then(Chunks::default);
+        Some((socket, chunks, body))
     }
 
     async fn connect(&self, address: SocketAddr) -> std::io::Result<TcpStream> {
@@ -166,7 +173,7 @@ impl Visitor {
     }
 
     /// Reads until the stream ends, or this client's patience does.
-    async fn read(&mut self, mut socket: TcpStream, first: Vec<u8>) {
+    async fn read(&mut self, mut socket: TcpStream, mut chunks: Option<Chunks>, first: Vec<u8>) {
         let stays = match self.manner {
             Manner::Steady => Duration::from_secs(3600),
             Manner::Roaming => Duration::from_millis(self.dice.random_range(100..6000)),
@@ -177,6 +184,9 @@ impl Visitor {
         let mut buffer = vec![0; 65536];
         let mut piece = first;
         loop {
+            if let Some(chunks) = &mut chunks {
+                piece = chunks.feed(&piece);
+            }
             for signal in parser.feed(&piece) {
                 self.take(signal);
             }
@@ -201,6 +211,11 @@ impl Visitor {
             Signal::Retry(_) | Signal::Comment(_) => return,
             // Before a gap the opening has no id.
             Signal::Position(id) if id.is_empty() => return,
+            Signal::Event(event) if event.kind == "tidegate.refused" => return,
+            Signal::Event(Event { kind, id, .. }) if kind == "tidegate.bye" => match parse(&id) {
+                Ok(id) => What::Position(id),
+                Err(_) => What::Nonsense(format!("a farewell with the id {id:?}")),
+            },
             Signal::Position(id) => match parse(&id) {
                 Ok(id) => What::Position(id),
                 Err(_) => What::Nonsense(format!("a position of {id:?}")),

@@ -201,6 +201,10 @@ pub struct Connection {
     framing: Framing,
 }
 
+/// A body of which the connection's end has left something out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut;
+
 /// How the end of the body that is being read is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Framing {
@@ -378,19 +382,24 @@ impl Connection {
     }
 
     pub fn piece_until(&mut self, until: Instant) -> Option<Vec<u8>> {
+        self.piece_or_cut(until).expect("the connection does not end within a body")
+    }
+
+    /// The same of a body that may be cut: an error where the connection ends before the body does.
+    pub fn piece_or_cut(&mut self, until: Instant) -> Result<Option<Vec<u8>>, Cut> {
         loop {
             let (wanted, after): (usize, fn(usize) -> Framing) = match self.framing {
                 Framing::Ended | Framing::Length(0) => {
                     self.framing = Framing::Ended;
-                    return None;
+                    return Ok(None);
                 }
                 Framing::Length(rest) => (rest, Framing::Length),
                 Framing::UntilClosed => (usize::MAX, |_| Framing::UntilClosed),
-                Framing::Chunked => match self.chunk_size(until) {
+                Framing::Chunked => match self.chunk_size(until)? {
                     0 => {
                         self.framing = Framing::Ended;
-                        assert_eq!(self.text_line(until), "", "trailers are not expected");
-                        return None;
+                        assert_eq!(self.text_line(until)?, "", "trailers are not expected");
+                        return Ok(None);
                     }
                     size => {
                         self.framing = Framing::Chunk(size);
@@ -398,21 +407,20 @@ impl Connection {
                     }
                 },
                 Framing::Chunk(0) => {
-                    assert_eq!(self.text_line(until), "", "a chunk ends with its line");
+                    assert_eq!(self.text_line(until)?, "", "a chunk ends with its line");
                     self.framing = Framing::Chunked;
                     continue;
                 }
                 Framing::Chunk(rest) => (rest, Framing::Chunk),
             };
             if self.ahead.is_empty() && self.receive(until) == 0 {
-                assert_eq!(self.framing, Framing::UntilClosed, "the connection ends within a body");
-                self.framing = Framing::Ended;
-                return None;
+                let is_whole = std::mem::replace(&mut self.framing, Framing::Ended) == Framing::UntilClosed;
+                return if is_whole { Ok(None) } else { Err(Cut) };
             }
             let taken = wanted.min(self.ahead.len());
             self.framing = after(wanted - taken);
             let ahead = self.ahead.split_off(taken);
-            return Some(std::mem::replace(&mut self.ahead, ahead));
+            return Ok(Some(std::mem::replace(&mut self.ahead, ahead)));
         }
     }
 
@@ -438,6 +446,16 @@ impl Connection {
         self.ahead.splice(..0, bytes);
     }
 
+    /// Bytes as they come after the head of an answer, the framing of its body among them, until those who look at all of
+    /// them so far have `seen` enough.
+    pub fn raw_body_until(&mut self, mut seen: impl FnMut(&[u8]) -> bool) -> Vec<u8> {
+        let until = Instant::now() + PATIENCE;
+        while !seen(&self.ahead) {
+            assert!(self.receive(until) > 0, "the connection ends: {}", excerpt(&self.ahead));
+        }
+        std::mem::take(&mut self.ahead)
+    }
+
     /// Waits for the end of the connection, and returns what came before it.
     pub fn rest(&mut self) -> Vec<u8> {
         let until = Instant::now() + PATIENCE;
@@ -445,18 +463,21 @@ impl Connection {
         std::mem::take(&mut self.ahead)
     }
 
-    fn chunk_size(&mut self, until: Instant) -> usize {
-        let line = self.text_line(until);
-        usize::from_str_radix(&line, 16).unwrap_or_else(|_| panic!("{line:?} is no size of a chunk"))
+    fn chunk_size(&mut self, until: Instant) -> Result<usize, Cut> {
+        let line = self.text_line(until)?;
+        Ok(usize::from_str_radix(&line, 16).unwrap_or_else(|_| panic!("{line:?} is no size of a chunk")))
     }
 
-    fn text_line(&mut self, until: Instant) -> String {
+    fn text_line(&mut self, until: Instant) -> Result<String, Cut> {
         loop {
             if let Some(end) = find(&self.ahead, b"\r\n") {
                 let line = self.ahead.drain(..end + 2).take(end).collect();
-                return String::from_utf8(line).expect("framing is text");
+                return Ok(String::from_utf8(line).expect("framing is text"));
             }
-            assert!(self.receive(until) > 0, "the connection ends within the framing of a body");
+            if self.receive(until) == 0 {
+                self.framing = Framing::Ended;
+                return Err(Cut);
+            }
         }
     }
 

@@ -10,6 +10,7 @@
 pub mod backend;
 pub mod broker;
 pub mod browser;
+pub mod chunks;
 pub mod cut;
 pub mod gateway;
 pub mod http;

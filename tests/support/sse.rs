@@ -5,7 +5,7 @@ use std::{collections::VecDeque, time::Instant};
 
 use super::{
     PATIENCE,
-    http::{Connection, Head, Request, excerpt},
+    http::{Connection, Cut, Head, Request, excerpt},
 };
 
 /// What an EventSource would dispatch, and its `lastEventId` at that time.
@@ -20,6 +20,12 @@ pub struct Event {
 impl Event {
     pub fn new(id: impl Into<String>, kind: &str, data: impl Into<String>) -> Event {
         Event { id: id.into(), kind: kind.into(), data: data.into() }
+    }
+
+    /// Why a stream was refused (`tidegate.refused`) or has ended (`tidegate.bye`).
+    pub fn reason(&self, kind: &str) -> String {
+        assert_eq!(self.kind, kind, "{self:?}");
+        self.json()["reason"].as_str().unwrap_or_else(|| panic!("{self:?} has no reason")).to_owned()
     }
 
     /// The data, where that is JSON.
@@ -40,11 +46,19 @@ impl Event {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Signal {
     Event(Event),
-    /// A block without data: the last event id, which it may have set.
+    /// The event that only tells a position, or a block without data: the last event id, which it may have set.
     Position(String),
     Comment(String),
     /// Milliseconds.
     Retry(u64),
+}
+
+/// The event with which a stream has ended, or was refused, and nothing but `retry:` beside it.
+pub fn farewell(said: &[Signal]) -> &Event {
+    match said {
+        [Signal::Retry(_), Signal::Event(event)] => event,
+        said => panic!("{said:?} is no farewell"),
+    }
 }
 
 /// The algorithm of the standard, fed in whatever pieces.
@@ -120,6 +134,10 @@ impl Parser {
         let (data, kind) = (std::mem::take(&mut self.data), std::mem::take(&mut self.kind));
         let id = self.last_event_id.clone();
         let Some(data) = data.strip_suffix('\n') else { return Some(Signal::Position(id)) };
+        if kind == "tidegate.position" {
+            assert_eq!(data, "{}", "a position says nothing else");
+            return Some(Signal::Position(id));
+        }
         let kind = if kind.is_empty() { "message".into() } else { kind };
         Some(Signal::Event(Event { id, kind, data: data.into() }))
     }
@@ -137,16 +155,23 @@ pub struct EventStream {
     pub retry: Option<u64>,
     /// `lastEventId` after what was read so far.
     pub last_event_id: String,
+    /// Whether the body has ended before its last chunk.
+    pub was_cut: bool,
 }
 
 impl EventStream {
-    /// Sends the request as an EventSource would, and reads the opening.
+    /// Sends the request as an EventSource would, and reads the opening: `retry:`, and a position unless a gap or the first
+    /// event of a snapshot stands in its place.
     pub fn open(connection: Connection, request: impl Into<Request>) -> EventStream {
         let mut stream = EventStream::begin(connection, request.into().header("Accept", "text/event-stream"));
         assert_eq!(stream.head.status, 200, "{:?}", stream.head);
         assert_eq!(stream.head.header("Content-Type"), Some("text/event-stream"));
         assert!(matches!(stream.signal(), Signal::Retry(_)), "a stream opens with retry:");
-        assert!(matches!(stream.signal(), Signal::Position(_)), "then comes a block without data");
+        match stream.signal() {
+            Signal::Position(_) => {}
+            Signal::Event(event) => stream.signals.push_front(Signal::Event(event)),
+            other => panic!("an opening goes on with {other:?}"),
+        }
         stream
     }
 
@@ -167,6 +192,7 @@ impl EventStream {
             seen: VecDeque::new(),
             retry: None,
             last_event_id: String::new(),
+            was_cut: false,
         }
     }
 
@@ -206,7 +232,7 @@ impl EventStream {
             if left == 0 || events.last().is_some_and(|event| event.data == last) {
                 break;
             }
-            let Some(mut piece) = self.connection.piece_until(until) else { break };
+            let Ok(Some(mut piece)) = self.connection.piece_or_cut(until) else { break };
             piece.truncate(left);
             left -= piece.len();
             self.signals.extend(self.parser.feed(&piece));
@@ -229,8 +255,13 @@ impl EventStream {
     fn signal_until(&mut self, until: Instant) -> Option<Signal> {
         while self.signals.is_empty() {
             assert!(Instant::now() < until, "it does not come; what came: {:?}", self.seen);
-            let piece = self.connection.piece_until(until)?;
-            self.signals.extend(self.parser.feed(&piece));
+            match self.connection.piece_or_cut(until) {
+                Ok(Some(piece)) => self.signals.extend(self.parser.feed(&piece)),
+                ended => {
+                    self.was_cut = ended == Err(Cut);
+                    return None;
+                }
+            }
         }
         let signal = self.signals.pop_front()?;
         match &signal {

@@ -10,7 +10,7 @@ use crate::{
     event::{Epoch, Event, EventId},
     hub::{Cursor, Hub, Opening, Start, StartAt},
     position::{Position, Tag},
-    sse::Format,
+    sse::{Format, Framing},
     subject::Filter,
 };
 
@@ -87,7 +87,7 @@ impl Client {
                 Some(position)
             }
             Opening::Gap(block) => {
-                self.receive(streams, &block.bytes);
+                self.receive(streams, block.text());
                 self.gaps.last().map(|gap| &gap.requested).or(self.position.as_ref()).cloned()
             }
         }
@@ -143,7 +143,7 @@ impl Client {
                 };
                 cursor.give_back_after(frames[last].sequence);
                 for frame in &frames[..=last] {
-                    self.receive(streams, &[&frame.id_line[..], &frame.block[..]].concat());
+                    self.receive(streams, &frame.pieces(Framing::Close).concat());
                 }
                 return;
             }
@@ -157,7 +157,7 @@ impl Client {
             let Some(cursor) = &mut self.cursor else { return };
             let Ok(frames) = tokio::time::timeout(super::SETTLES, cursor.next()).await else { return };
             for frame in frames {
-                self.receive(streams, &[&frame.id_line[..], &frame.block[..]].concat());
+                self.receive(streams, &frame.pieces(Framing::Close).concat());
             }
         }
     }
@@ -171,12 +171,11 @@ impl Client {
     /// Takes one block: an event or a gap.
     fn receive(&mut self, streams: &Streams, block: &[u8]) {
         let text = std::str::from_utf8(block).unwrap();
-        let id = text.strip_prefix("id: ").and_then(|rest| rest.split('\n').next());
-        let position: Position = id.unwrap_or_else(|| panic!("no id: {text}")).parse().unwrap();
-        let (head, data) = text.split_once("data: ").unwrap();
-        match head.ends_with("event: tidegate.gap\n") {
-            true => self.miss(streams, serde_json::from_str(data).unwrap()),
-            false => self.get(streams, data.trim_end().parse().unwrap()),
+        let (fields, id) = text.rsplit_once("\nid: ").unwrap_or_else(|| panic!("no id: {text}"));
+        let position: Position = id.trim_end().parse().unwrap();
+        match fields.split_once("data: ").unwrap() {
+            ("event: tidegate.gap\n", data) => self.miss(streams, serde_json::from_str(data).unwrap()),
+            (_, data) => self.get(streams, data.parse().unwrap()),
         }
         self.moves_to(streams, position);
     }
