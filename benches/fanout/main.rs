@@ -5,6 +5,9 @@
 //! cargo bench --bench fanout -- storm fast   some of it
 //! ```
 //!
+//! `BENCH_GATEWAY` names another binary to be measured; `BENCH_BASELINE` names one that is measured in the same run, on the
+//! embedded broker, beside this build.
+//!
 //! Servers run on one core, clients, publishers and nats-server on another (for publishing, all on both). All servers of a scenario live at once and
 //! take turns of a few seconds, so that whatever else the machine does falls on each of them: absolute times are worth
 //! little, their ratios more. Clients check what they get: each event, once, in order; a run in which they don't fails.
@@ -84,7 +87,9 @@ fn load_average() -> String {
 fn targets(nats: &NatsServer, settings: &[(&str, &str)]) -> Vec<Target> {
     let settings = [SETTINGS, settings].concat();
     let gateway = |nats| Target::gateway(SERVER_CORE, nats, &settings);
-    vec![Target::floor(), gateway(None), gateway(Some(nats))]
+    let baseline = std::env::var("BENCH_BASELINE").ok();
+    let baseline = baseline.map(|binary| Target::baseline(&binary, SERVER_CORE, &settings));
+    [Target::floor(), gateway(None)].into_iter().chain(baseline).chain([gateway(Some(nats))]).collect()
 }
 
 /// What one server cost in one round.

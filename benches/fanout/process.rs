@@ -96,7 +96,7 @@ impl Drop for Process {
     }
 }
 
-/// A gateway, the release build of this repository.
+/// A gateway in a process of its own.
 pub struct Gateway {
     pub process: Process,
     pub address: SocketAddr,
@@ -104,14 +104,18 @@ pub struct Gateway {
 }
 
 impl Gateway {
+    /// The release build of this repository, or what `BENCH_GATEWAY` names.
+    pub fn binary() -> String {
+        std::env::var("BENCH_GATEWAY").unwrap_or_else(|_| env!("CARGO_BIN_EXE_tidegate").into())
+    }
+
     /// Starts one, on NATS if there is an address, with these settings on top of the defaults.
-    pub fn start(cores: &str, nats: Option<&str>, settings: &[(&str, &str)]) -> Gateway {
+    pub fn start(binary: &str, cores: &str, nats: Option<&str>, settings: &[(&str, &str)]) -> Gateway {
         let mut arguments = vec!["--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"];
         arguments.extend(nats.iter().flat_map(|url| ["--nats", url]));
         let name = |key: &str| format!("TIDEGATE_{}", key.to_uppercase().replace('.', "__"));
         let mut settings: Vec<_> = settings.iter().map(|(key, value)| (name(key), (*value).to_owned())).collect();
         settings.push((name("limits.streams"), "20000".into()));
-        let binary = std::env::var("BENCH_GATEWAY").unwrap_or_else(|_| env!("CARGO_BIN_EXE_tidegate").into());
         let mut process = Process::start(cores, binary, &arguments, &settings);
         let greeting = process.next_line();
         let mut addresses = greeting.split("http://").skip(1).map(|text| text.split([' ', ')']).next().unwrap_or(""));

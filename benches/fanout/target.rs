@@ -48,8 +48,23 @@ impl Target {
     }
 
     pub fn gateway(cores: &str, nats: Option<&NatsServer>, settings: &[(&str, &str)]) -> Target {
-        let gateway = Gateway::start(cores, nats.map(|nats| nats.url.as_str()), settings);
         let name = if nats.is_some() { "on NATS" } else { "embedded" };
+        Target::gateway_of(&Gateway::binary(), name, cores, nats, settings)
+    }
+
+    /// A gateway of another build, on the embedded broker.
+    pub fn baseline(binary: &str, cores: &str, settings: &[(&str, &str)]) -> Target {
+        Target::gateway_of(binary, "baseline", cores, None, settings)
+    }
+
+    fn gateway_of(
+        binary: &str,
+        name: &'static str,
+        cores: &str,
+        nats: Option<&NatsServer>,
+        settings: &[(&str, &str)],
+    ) -> Target {
+        let gateway = Gateway::start(binary, cores, nats.map(|nats| nats.url.as_str()), settings);
         Target::new(name, gateway.address, Server::Gateway(gateway))
     }
 
