@@ -193,7 +193,7 @@ fn every_answer_says_who_may_read_it() {
         (Request::get("/events/a..b"), 400),
         (Request::get("/nowhere"), 404),
         (Request::new("PUT", "/events/demo"), 405),
-        (Request::new("HEAD", "/events/demo"), 405),
+        (Request::new("HEAD", "/events/demo"), 503),
         (Request::post("/events/demo").body("x"), 201),
         (Request::post("/events/demo?ttl=x").body("x"), 400),
         (Request::batch().body("nonsense\n"), 200),

@@ -51,6 +51,24 @@ impl Drop for File {
     }
 }
 
+#[test]
+fn the_admin_listener_answers_head_and_says_which_methods_it_takes() {
+    let gateway = Launch::new().start();
+    for target in ["/metrics", "/health/live", "/health/ready", "/debug/streams", "/debug/feeds"] {
+        let (get, head) = (gateway.ask_admin(target), gateway.ask_admin(Request::new("HEAD", target)));
+        assert_eq!((get.status, head.status), (200, 200), "{target}");
+        assert_eq!(head.header("Content-Type"), get.header("Content-Type"), "{target}");
+        assert!(head.body.is_empty() && head.header("Content-Length").is_some(), "{head:?}");
+        for method in ["POST", "PUT", "DELETE", "OPTIONS", "QUERY"] {
+            let refused = gateway.ask_admin(Request::new(method, target));
+            assert_eq!((refused.status, refused.header("Allow")), (405, Some("GET, HEAD")), "{method} {target}");
+            assert_eq!(refused.json()["code"], "method_not_allowed");
+        }
+    }
+    assert_eq!(gateway.ask_admin(Request::new("HEAD", "/nowhere")).status, 404);
+    assert_eq!(gateway.ask_admin(Request::post("/nowhere")).status, 404);
+}
+
 /// The program ends with this code, and one line on stderr that has all these words.
 #[track_caller]
 fn ends(launch: Launch, code: i32, words: &[&str]) {

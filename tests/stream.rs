@@ -39,6 +39,7 @@ on_every_broker!(
     what_is_pipelined_before_a_stream_is_answered_first,
     what_is_pipelined_behind_a_stream_is_not_done,
     connections_are_used_again,
+    a_head_is_answered_as_a_get_is_and_opens_nothing,
 );
 
 fn a_stream_opens_with_its_position(broker: Backend) {
@@ -585,12 +586,49 @@ fn connections_are_used_again(broker: Backend) {
         assert_eq!(connection.response().status, 201);
         connection.send("/events/demo?from=yesterday");
         assert_eq!(connection.response().status, 400);
-        connection.send(Request::new("HEAD", "/events/demo"));
-        assert_eq!(connection.response().status, 405);
+        connection.send(Request::new("HEAD", "/events/demo?from=yesterday"));
+        assert_eq!(connection.response().status, 400);
     }
 
     connection.send("/events/demo?from=first");
     assert_eq!(EventStream::answered(connection).data(3), ["0", "1", "2"]);
+}
+
+fn a_head_is_answered_as_a_get_is_and_opens_nothing(broker: Backend) {
+    let gateway = broker.gateway().with("limits.streams", "1").start();
+    let heads = |method: &str, target: &str, accept: &str| {
+        let mut connection = gateway.connect();
+        connection.send(Request::new(method, target).header("Accept", accept));
+        let head = connection.head();
+        if method == "HEAD" {
+            assert_eq!(connection.rest(), b"", "HEAD {target} has no body");
+        }
+        let names = ["Content-Type", "Cache-Control", "X-Accel-Buffering", "Transfer-Encoding", "Connection", "Vary"];
+        (head.status, names.map(|name| head.header(name).map(str::to_owned)))
+    };
+    let events = "text/event-stream";
+
+    for target in ["/events/demo", "/events?subject=a&subject=b.>", "/events/demo?from=first&format=json"] {
+        let of_head = heads("HEAD", target, events);
+        assert_eq!(of_head, heads("GET", target, events), "{target}");
+        assert_eq!(of_head.0, 200);
+        gateway.wait_for_metric("tidegate_streams", 0.0);
+    }
+    assert_eq!(gateway.metric("tidegate_streams_opened_total"), 3.0, "those of the GETs");
+
+    let _only = gateway.stream("/events/demo");
+    let mut connection = gateway.connect();
+    for (target, accept, status) in [
+        ("/events/demo", "*/*", 503),
+        ("/events/a..b", events, 400),
+        ("/events", events, 400),
+        ("/events/demo?form=x", events, 400),
+        ("/nowhere", events, 404),
+    ] {
+        connection.send(Request::new("HEAD", target).header("Accept", accept));
+        assert_eq!(connection.response().status, status, "{target}");
+    }
+    assert_eq!(heads("HEAD", "/events/demo", events).0, 200, "the node is full, which will pass");
 }
 
 // History in memory, and bounded by settings of the embedded broker: these are about that one.

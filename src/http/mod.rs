@@ -26,7 +26,10 @@ use std::{
 use actix_http::{HttpService, KeepAlive, error::DispatchError};
 use actix_server::{Server, ServerBuilder};
 use actix_service::{IntoServiceFactory, ServiceFactoryExt, fn_service, map_config};
-use actix_web::{HttpRequest, HttpResponse, dev::AppConfig, http::Method, middleware::from_fn, web};
+use actix_web::{
+    FromRequest, Handler, HttpRequest, HttpResponse, Resource, Responder, dev::AppConfig, http::Method,
+    middleware::from_fn, web,
+};
 use futures_util::future::BoxFuture;
 use tokio::{net::TcpStream, runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -90,23 +93,37 @@ async fn route(app: web::Data<App>, request: HttpRequest, payload: web::Payload)
     match (request.method(), names_subject) {
         (&Method::POST, true) => publish::publish(app, request, payload).await,
         (&Method::POST, false) => Box::pin(batch::publish(app, request, payload)).await,
-        (&Method::GET, true) => Box::pin(subscribe::filter_in_path(app, request)).await,
-        (&Method::GET, false) => Box::pin(subscribe::filters_in_query(app, request)).await,
+        (&Method::GET | &Method::HEAD, true) => Box::pin(subscribe::filter_in_path(app, request)).await,
+        (&Method::GET | &Method::HEAD, false) => Box::pin(subscribe::filters_in_query(app, request)).await,
         _ if cors::is_preflight(request.head()) => cors::preflight(app, request).await,
-        // HEAD among them: a stream has no length to ask for.
-        _ => app.refuse(&request, &ApiError::method_not_allowed("GET, POST")),
+        _ => app.refuse(&request, &ApiError::method_not_allowed("GET, HEAD, POST")),
     }
 }
 
 /// The URL space of the admin listener.
 fn admin_routes(config: &mut web::ServiceConfig) {
     config
-        .route("/metrics", web::get().to(health::metrics))
-        .route("/health/live", web::get().to(HttpResponse::Ok))
-        .route("/health/ready", web::get().to(health::ready))
-        .route("/debug/streams", web::get().to(debug::streams))
-        .route("/debug/feeds", web::get().to(debug::feeds))
+        .service(readable("/metrics", health::metrics))
+        .service(readable("/health/live", async || HttpResponse::Ok().finish()))
+        .service(readable("/health/ready", health::ready))
+        .service(readable("/debug/streams", debug::streams))
+        .service(readable("/debug/feeds", debug::feeds))
         .default_service(web::to(not_found));
+}
+
+/// A resource for GET and HEAD. The HTTP server leaves the body of the answer to a HEAD out.
+fn readable<F, Arguments>(path: &str, handler: F) -> Resource
+where
+    F: Handler<Arguments>,
+    Arguments: FromRequest + 'static,
+    F::Output: Responder + 'static,
+{
+    const ALLOW: &str = "GET, HEAD";
+    let refuse = async |request: HttpRequest| ApiError::method_not_allowed(ALLOW).response(&request);
+    web::resource(path)
+        .route(web::get().to(handler.clone()))
+        .route(web::head().to(handler))
+        .default_service(web::to(refuse))
 }
 
 /// Serves the public listener until the server is stopped.

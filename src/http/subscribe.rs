@@ -1,13 +1,21 @@
-//! `GET /events/{filter}` and `GET /events?subject={filter}`: opens a stream.
+//! `GET /events/{filter}` and `GET /events?subject={filter}`: opens a stream. HEAD: the same checks and head, and no
+//! stream.
 
-use std::{rc::Rc, time::SystemTime};
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::SystemTime,
+};
 
 use actix_web::{
     HttpRequest, HttpResponse, HttpResponseBuilder,
-    body::BoxBody,
-    http::{Version, header},
+    body::{BodySize, BoxBody, MessageBody},
+    http::{Method, Version, header},
     web,
 };
+use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::{
@@ -20,6 +28,7 @@ use super::{
 };
 use crate::{
     auth::Principal,
+    broker::{BrokerError, Health},
     config::parse_duration,
     hub::{Start, StartAt},
     sse::{Format, Framing},
@@ -104,17 +113,24 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principa
     }
     let place = app.shares.open_stream(&caller(request, principal))?;
     let admission = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
-    let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
-    let Wish { filters, start, format } = wish;
-    let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
-    let (client, expires) = (who::client(request, principal), principal.expires());
     let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
-    let handoff = Handoff::new(slot, move |socket| {
-        if let Err(error) = admission.deliver((socket, framing), opening, cursor, client, expires) {
-            tracing::warn!(%error, "a stream's socket could not be taken over");
+    let body = if request.method() == Method::HEAD {
+        if let Health::Away(why) = app.broker.health() {
+            return Err(BrokerError::Unavailable(why).into());
         }
-    });
-    let mut response = event_stream().body(BoxBody::new(handoff));
+        BoxBody::new(NoBody)
+    } else {
+        let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
+        let Wish { filters, start, format } = wish;
+        let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
+        let (client, expires) = (who::client(request, principal), principal.expires());
+        BoxBody::new(Handoff::new(slot, move |socket| {
+            if let Err(error) = admission.deliver((socket, framing), opening, cursor, client, expires) {
+                tracing::warn!(%error, "a stream's socket could not be taken over");
+            }
+        }))
+    };
+    let mut response = event_stream().body(body);
     response.head_mut().no_chunking(framing == Framing::Close);
     Ok(response)
 }
@@ -142,6 +158,21 @@ pub(super) fn presented_id(request: &HttpRequest) -> Option<String> {
     // Empty is what an EventSource has before its first id.
     let id = headers.chain(parameters).find(|id| !id.is_empty())?;
     Some(id.chars().take(ID_CHARS_MAX).collect())
+}
+
+/// The body of the answer to a HEAD, of which the HTTP server writes the head of a stream.
+struct NoBody;
+
+impl MessageBody for NoBody {
+    type Error = Infallible;
+
+    fn size(&self) -> BodySize {
+        BodySize::Stream
+    }
+
+    fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Bytes, Infallible>>> {
+        Poll::Ready(None)
+    }
 }
 
 fn parse_filter(text: &str) -> Result<Filter, ApiError> {
