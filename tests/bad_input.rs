@@ -388,7 +388,7 @@ fn publish_parameters(stored: &str) -> Vec<(Request, Answer)> {
     {
         rows.push((
             post(format!("/events/demo?ttl={bad}")),
-            Problem(400, "invalid_parameter", "ttl is a time in whole seconds"),
+            Problem(400, "invalid_parameter", "ttl: a time to live is in whole seconds"),
         ));
     }
     rows
@@ -406,6 +406,18 @@ fn bodies() -> Vec<(Request, Answer)> {
             Problem(415, TYPE, "use --data-binary @file instead of -F"),
         ),
         (post("/events/demo").header("Content-Type", "Multipart/Mixed"), Problem(415, TYPE, "the body is the event")),
+        (
+            Request::batch().header("Idempotency-Key", "k").body("x"),
+            Problem(400, "invalid_header", r#"as the field "idempotency_key""#),
+        ),
+        (
+            Request::batch().header("If-Match", "\"000000-1\"").body("x"),
+            Problem(400, "invalid_header", r#"as the field "if_match""#),
+        ),
+        (
+            Request::batch().header("If-None-Match", "*").body("x"),
+            Problem(400, "invalid_header", "(fields: idempotency_key, if_match, if_none_match)"),
+        ),
         (Request::batch().header("Content-Encoding", "gzip").body("x"), Problem(415, TYPE, "without Content-Encoding")),
         (Request::post("/events/demo").announce(1001), Problem(413, "event_too_large", "at most 1000 bytes")),
         (Request::post("/events/demo").announce(usize::MAX / 2), Problem(413, "event_too_large", "at most 1000 bytes")),
@@ -508,14 +520,28 @@ fn lines() -> Vec<(Request, Answer)> {
         (with("type", "a\nb".into()), LineProblem(400, "invalid_type", "no control characters")),
         (with("type", "a\u{0}b".into()), LineProblem(400, "invalid_type", "no control characters")),
         (with("type", "".into()), LineProblem(400, "invalid_type", "1 to 128 bytes")),
-        (with("ttl", "soon".into()), LineProblem(400, "invalid_parameter", "whole seconds")),
+        (with("ttl", "soon".into()), LineProblem(400, LINE, "ttl: a time to live is in whole seconds")),
         (with("ttl", 10.into()), LineProblem(400, LINE, "expected a string")),
-        (with("idempotency_key", "".into()), LineProblem(400, "invalid_header", "1 to 255 bytes")),
-        (with("idempotency_key", "k".repeat(256).into()), LineProblem(400, "invalid_header", "1 to 255 bytes")),
-        (with("idempotency_key", "a\r\nb".into()), LineProblem(400, "invalid_header", "no control characters")),
-        (with("if_match", "nonsense".into()), LineProblem(400, "invalid_header", "not an event id")),
-        (with("if_match", "\"000000-1\"".into()), LineProblem(400, "invalid_header", "not an event id")),
+        (
+            with("idempotency_key", "".into()),
+            LineProblem(400, LINE, "idempotency_key: an idempotency key has 1 to 255 bytes"),
+        ),
+        (
+            with("idempotency_key", "k".repeat(256).into()),
+            LineProblem(400, LINE, "idempotency_key: an idempotency key has 1 to 255 bytes"),
+        ),
+        (with("idempotency_key", "a\r\nb".into()), LineProblem(400, LINE, "no control characters")),
+        (with("if_match", "nonsense".into()), LineProblem(400, LINE, "if_match: not an event id")),
+        (with("if_match", "\"000000-1\"".into()), LineProblem(400, LINE, "if_match: not an event id")),
         (with("if_match", "000000-1".into()), LineProblem(412, "condition_failed", "")),
+        (with("if_none_match", "*".into()), LineProblem(412, "condition_failed", "")),
+        (with("if_none_match", "\"*\"".into()), LineProblem(400, LINE, r#"if_none_match takes only "*""#)),
+        (with("if_none_match", "".into()), LineProblem(400, LINE, r#"if_none_match takes only "*""#)),
+        (with("if_none_match", true.into()), LineProblem(400, LINE, "expected a string")),
+        (
+            line(json!({ "subject": "demo", "data": "x", "if_match": "000000-1", "if_none_match": "*" })),
+            LineProblem(400, LINE, "if_match and if_none_match exclude each other"),
+        ),
         (with("subject", "".into()), LineProblem(400, "invalid_subject", "may not be empty")),
         (with("subject", "a.>".into()), LineProblem(400, "invalid_subject", "wildcards")),
         (with("subject", "a/b".into()), LineProblem(400, "invalid_subject", r#"as in "a.b""#)),

@@ -32,6 +32,8 @@ on_every_broker!(
     a_batch_lines_data_is_a_text_or_any_json_as_it_is,
     a_batch_answers_in_order_and_counts_every_line,
     lines_end_in_lf_or_crlf_or_with_the_batch,
+    a_byte_order_mark_may_begin_a_batch,
+    batches_that_were_read_whole_keep_their_connection,
     an_endless_batch_is_stored_and_answered_as_it_arrives,
     an_endless_batch_may_pause,
     an_overlong_line_is_refused_and_the_next_ones_pass,
@@ -270,12 +272,14 @@ fn a_batch_line_may_say_everything_that_a_request_may(broker: Backend) {
             "subject": "state", "type": "changed", "data": "2", "ttl": "1h", "idempotency_key": "k", "if_match": first,
         })) + &line(json!({ "subject": "state", "type": null, "data": "never", "if_match": first }))
             + &line(json!({ "subject": "binary.eu", "data_base64": "/wA=", "ttl": null }))
-            + &line(json!({ "subject": "text.eu", "data_base64": "4piD" })),
+            + &line(json!({ "subject": "text.eu", "data_base64": "4piD", "if_none_match": "*" }))
+            + &line(json!({ "subject": "text.eu", "data": "never", "if_none_match": "*", "if_match": null })),
     ));
 
     assert_eq!((response.status, response.header("Content-Type")), (200, Some("application/x-ndjson")));
     let answers = response.json_lines();
     assert_eq!((&answers[1]["line"], &answers[1]["status"]), (&json!(2), &json!(412)));
+    assert_eq!((&answers[4]["line"], &answers[4]["status"]), (&json!(5), &json!(412)));
     let id = |line: usize| answers[line - 1]["id"].as_str().unwrap().to_owned();
     assert_eq!(answers[0], json!({ "line": 1, "id": id(1), "subject": "state", "duplicate": false }));
     assert_eq!(stream.next(), Event::new(first, "message", "1"));
@@ -349,6 +353,57 @@ fn lines_end_in_lf_or_crlf_or_with_the_batch(broker: Backend) {
     }
     assert_eq!(gateway.ask(Request::batch().body("")).body, b"");
     assert_eq!(gateway.ask(Request::batch().body("\r\n\n")).body, b"");
+}
+
+fn a_byte_order_mark_may_begin_a_batch(broker: Backend) {
+    let gateway = broker.gateway().start();
+    let (mark, line) = ("\u{feff}", line(json!({ "subject": "demo", "data": "x" })));
+
+    for (body, stored) in [
+        (format!("{mark}{line}"), 1),
+        (format!("{mark}\n{line}"), 1),
+        (format!("{line}{mark}{line}"), 1),
+        (format!("{mark}{mark}{line}{line}"), 1),
+    ] {
+        for request in [
+            Request::batch().body(body.as_str()),
+            Request::batch().body_of_chunks(body.as_bytes().iter().map(|byte| [*byte])),
+        ] {
+            let answers = gateway.ask(request).json_lines();
+            let ids = answers.iter().filter(|answer| answer["id"].is_string()).count();
+            assert_eq!(ids, stored, "{body:?}: {answers:?}");
+        }
+    }
+    assert_eq!(gateway.ask(Request::batch().body(mark)).body, b"");
+}
+
+fn batches_that_were_read_whole_keep_their_connection(broker: Backend) {
+    let gateway = broker.gateway().start();
+    let mut stream = gateway.stream("/events/demo");
+    let mut connection = gateway.connect();
+    let lines = |n: usize| (0..n % 4).map(move |m| line(json!({ "subject": "demo", "data": format!("{n} {m}") })));
+
+    for n in 0..100 {
+        let body: String = lines(n).collect();
+        let batch = Request::batch();
+        connection.send(if n % 4 == 3 { batch.body_of_chunks([body]) } else { batch.body(body) });
+        let response = connection.response();
+        assert_eq!((response.status, response.header("Connection")), (200, None), "{response:?}");
+        assert_eq!(response.json_lines().len(), n % 4);
+    }
+    // One that is refused, and one that comes in pieces.
+    connection.send(Request::batch().header("If-Match", "x").body(""));
+    assert_eq!(connection.response().status, 400);
+    let last = line(json!({ "subject": "demo", "data": "last" }));
+    connection.send(Request::batch().announce(2 * last.len()));
+    connection.send_bytes(&last);
+    connection.send_bytes(&last);
+    assert_eq!(connection.response().json_lines().len(), 2);
+
+    let wanted = (0..100).flat_map(|n| (0..n % 4).map(move |m| format!("{n} {m}")));
+    assert_eq!(stream.data(152), wanted.chain(["last".into(), "last".into()]).collect::<Vec<_>>());
+    connection.send("/nowhere");
+    assert_eq!(connection.response().status, 404, "it is still the same connection");
 }
 
 fn an_endless_batch_is_stored_and_answered_as_it_arrives(broker: Backend) {

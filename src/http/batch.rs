@@ -4,11 +4,19 @@
 //! its own answer line, in the same order. Memory is bounded by the window and one line; whoever does not read the
 //! answers is not read from either.
 //!
+//! The HTTP server closes a connection on which an answer begins before the body has been read. So the answer waits for
+//! the end of the batch: a moment, if there is no telling when that comes, or somewhat longer if its length was announced.
+//!
 //! Behind nginx the answer begins only when the batch has ended, has paused, or has more answers than are kept: once a
 //! response has begun, nginx (1.22, and later ones) stops sending the rest of a body for good as soon as one write of it
 //! has to wait.
 
-use std::{convert::Infallible, ops::ControlFlow, pin::Pin, time::Duration};
+use std::{
+    convert::Infallible,
+    ops::ControlFlow,
+    pin::Pin,
+    time::{Duration, Instant},
+};
 
 use actix_web::{
     HttpRequest, HttpResponse,
@@ -16,7 +24,7 @@ use actix_web::{
     web,
 };
 use base64::{Engine, engine::general_purpose::STANDARD};
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{
     StreamExt,
     future::BoxFuture,
@@ -44,7 +52,19 @@ const TYPES: [&str; 3] = ["application/x-ndjson", "application/ndjson", "applica
 /// A batch that brings nothing for so long has paused.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Answers that are kept while a batch behind nginx has neither ended nor paused: about 10,000 of them.
-const ANSWER_BYTES_MAX: usize = 1 << 20;
+const PROXIED_ANSWER_BYTES_MAX: usize = 1 << 20;
+/// The same of any other batch, which loses only its connection by an answer that begins early; and how long that waits
+/// for the end of a batch of announced length, and of one that may be endless.
+const ANSWER_BYTES_MAX: usize = 64 << 10;
+const ANNOUNCED_END_WITHIN: Duration = Duration::from_secs(1);
+const END_WITHIN: Duration = Duration::from_millis(50);
+
+/// Headers of a single event, and the field of a line that says the same.
+const HEADERS_OF_ONE: [(&str, &str); 3] =
+    [("Idempotency-Key", "idempotency_key"), ("If-Match", "if_match"), ("If-None-Match", "if_none_match")];
+
+/// What some editors and libraries put in front of a text.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// After how many lines others on this thread get their turn: those who send them to the broker, which then works on them
 /// while more are read.
@@ -56,10 +76,11 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
         Ok(principal) => principal,
         Err(error) => return app.refuse(&request, &error),
     };
-    let behind_proxy = request.headers().contains_key(REFUSAL_HEADER);
+    let has = |name| request.headers().contains_key(name);
+    let (behind_proxy, is_announced) = (has(REFUSAL_HEADER), !has(header::TRANSFER_ENCODING.as_str()));
     let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines { payload, bytes: BytesMut::new(), overlong: false, bytes_max },
+        lines: Lines { payload, bytes: BytesMut::new(), has_begun: false, overlong: false, bytes_max },
         toll: Toll { shares: app.shares.clone(), caller: caller(&request, &principal), held: None },
         waiting: FuturesOrdered::new(),
         number: 0,
@@ -67,7 +88,19 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
         principal,
         app,
     };
-    let first = if behind_proxy { batch.answers_until_pause().await } else { Bytes::new() };
+    let (first, next) = match (behind_proxy, is_announced) {
+        (true, _) => batch.answers_until_pause(PROXIED_ANSWER_BYTES_MAX).await,
+        (false, true) => batch.answers_within(ANNOUNCED_END_WITHIN, ANSWER_BYTES_MAX).await,
+        (false, false) => batch.answers_within(END_WITHIN, ANSWER_BYTES_MAX).await,
+    };
+    let mut response = HttpResponse::Ok();
+    response
+        .content_type("application/x-ndjson")
+        .insert_header((header::CACHE_CONTROL, "no-store"))
+        .insert_header(("X-Accel-Buffering", "no"));
+    if let Next::End = next {
+        return response.body(first);
+    }
     let rest = stream::unfold(batch, |mut batch| async move {
         loop {
             match batch.next_answer(Duration::MAX).await {
@@ -77,11 +110,6 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
             }
         }
     });
-    let mut response = HttpResponse::Ok();
-    response
-        .content_type("application/x-ndjson")
-        .insert_header((header::CACHE_CONTROL, "no-store"))
-        .insert_header(("X-Accel-Buffering", "no"));
     let knows_chunks = request.version() > Version::HTTP_10;
     if !knows_chunks {
         response.force_close();
@@ -97,6 +125,13 @@ async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> 
     let principal = who::identify(app, request, &query).await?;
     app.cors.borrow().check_publish(request.headers())?;
     who::check_publish_anything(&principal)?;
+    if let Some((header, field)) = HEADERS_OF_ONE.iter().find(|(header, _)| request.headers().contains_key(*header)) {
+        let fields = HEADERS_OF_ONE.map(|(_, field)| field).join(", ");
+        let detail = format!(
+            "{header} is a header of a single event; in a batch each line has its own, as the field {field:?} (fields: {fields})"
+        );
+        return Err(ApiError::new(Code::InvalidHeader, detail));
+    }
     check_coding(request)?;
     let kind = request.headers().get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
     let kind = kind.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
@@ -138,16 +173,31 @@ enum Answer {
 }
 
 impl Batch {
-    /// The answers up to the batch's end, its first pause, or as many as are kept.
-    async fn answers_until_pause(&mut self) -> Bytes {
+    /// The answers up to the batch's end, its first pause, or as many bytes as are kept; and which of these came.
+    async fn answers_until_pause(&mut self, bytes_max: usize) -> (Bytes, Next) {
         let mut answers = BytesMut::new();
-        while answers.len() < ANSWER_BYTES_MAX {
+        while answers.len() < bytes_max {
             match self.next_answer(PAUSE).await {
                 Next::Answer(answer) => answers.extend_from_slice(&answer),
-                Next::Pause | Next::End => break,
+                // A sender that is made to wait has not paused: it would be made to wait for ever by the nginx above.
+                Next::Pause if self.toll.held.is_some() => {}
+                last @ (Next::Pause | Next::End) => return (answers.freeze(), last),
             }
         }
-        answers.freeze()
+        (answers.freeze(), Next::Pause)
+    }
+
+    /// The answers up to the batch's end, the end of this time, or as many bytes as are kept; and which of these came.
+    async fn answers_within(&mut self, limit: Duration, bytes_max: usize) -> (Bytes, Next) {
+        let until = Instant::now() + limit;
+        let mut answers = BytesMut::new();
+        while answers.len() < bytes_max {
+            match self.next_answer(until.saturating_duration_since(Instant::now())).await {
+                Next::Answer(answer) => answers.extend_from_slice(&answer),
+                last @ (Next::Pause | Next::End) => return (answers.freeze(), last),
+            }
+        }
+        (answers.freeze(), Next::Pause)
     }
 
     /// Reads on while the window has room, until an answer is ready, or for as long as `pause` brings neither.
@@ -172,12 +222,7 @@ impl Batch {
                     ControlFlow::Continue(line) => self.take(line).await,
                 },
                 () = app.drained(), if reads => {}
-                () = tokio::time::sleep(pause) => {
-                    // A sender that is made to wait has not paused: it would be made to wait for ever by the nginx above.
-                    if self.toll.held.is_none() {
-                        return Next::Pause;
-                    }
-                }
+                () = tokio::time::sleep(pause) => return Next::Pause,
             }
         }
     }
@@ -258,6 +303,8 @@ impl Answer {
 struct Lines {
     payload: web::Payload,
     bytes: BytesMut,
+    /// There was a line: what looks like a byte order mark is none any more.
+    has_begun: bool,
     /// The line that is arriving has been too long for some time; what comes of it is dropped.
     overlong: bool,
     bytes_max: usize,
@@ -336,7 +383,10 @@ impl Lines {
         }
     }
 
-    fn line(&mut self, line: BytesMut) -> Line {
+    fn line(&mut self, mut line: BytesMut) -> Line {
+        if !std::mem::replace(&mut self.has_begun, true) && line.starts_with(BYTE_ORDER_MARK) {
+            line.advance(BYTE_ORDER_MARK.len());
+        }
         if std::mem::take(&mut self.overlong) || line.len() > self.bytes_max {
             return Line::Overlong;
         }
@@ -356,6 +406,7 @@ struct Fields<'a> {
     ttl: Option<String>,
     idempotency_key: Option<String>,
     if_match: Option<String>,
+    if_none_match: Option<String>,
 }
 
 /// `null` is JSON data like any other; only a field that is not there is none.
@@ -385,12 +436,24 @@ pub(super) fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, 
     if payload.len() > event_bytes_max {
         return Err(ApiError::new(Code::EventTooLarge, format!("an event has at most {event_bytes_max} bytes")));
     }
+    let condition = match (&fields.if_match, fields.if_none_match.as_deref()) {
+        (None, None) => None,
+        (Some(id), None) => Some(Condition::LastIs(field("if_match", id, parse_id)?)),
+        (None, Some("*")) => Some(Condition::NoneYet),
+        (None, Some(_)) => return Err(invalid(r#"if_none_match takes only "*""#.into())),
+        (Some(_), Some(_)) => return Err(invalid("if_match and if_none_match exclude each other".into())),
+    };
     Ok(Publication {
         subject: parse_subject(&fields.subject)?,
         kind: fields.kind.as_deref().map(parse_type).transpose()?,
         payload,
-        ttl: fields.ttl.as_deref().map(parse_ttl).transpose()?,
-        key: fields.idempotency_key.as_deref().map(parse_key).transpose()?,
-        condition: fields.if_match.as_deref().map(parse_id).transpose()?.map(Condition::LastIs),
+        ttl: fields.ttl.as_deref().map(|text| field("ttl", text, parse_ttl)).transpose()?,
+        key: fields.idempotency_key.as_deref().map(|text| field("idempotency_key", text, parse_key)).transpose()?,
+        condition,
     })
+}
+
+/// The value of a field that a request has as a header or parameter.
+fn field<T>(name: &str, text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<T, ApiError> {
+    parse(text).map_err(|why| ApiError::new(Code::InvalidLine, format!("{name}: {why}")))
 }

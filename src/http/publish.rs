@@ -1,5 +1,7 @@
 //! `POST /events/{subject}`: publishes the body as one event.
 
+use std::time::Duration;
+
 use actix_web::{HttpRequest, HttpResponse, http::header, web};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -15,7 +17,7 @@ use super::{
 use crate::{
     broker::{Condition, Publication, Published},
     config::parse_duration,
-    event::{EventId, EventType},
+    event::{EventId, EventIdError, EventType},
     subject::Subject,
 };
 
@@ -51,8 +53,10 @@ async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Resul
     let subject = parse_subject(&subject_in_path(request)?)?;
     who::check_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;
-    let ttl = query.one("ttl")?.map(parse_ttl).transpose()?;
-    let key = header_text(request, "Idempotency-Key")?.map(parse_key).transpose()?;
+    let ttl = query.one("ttl")?.map(parse_ttl).transpose();
+    let ttl = ttl.map_err(|why| ApiError::new(Code::InvalidParameter, format!("ttl: {why}")))?;
+    let key = header_text(request, "Idempotency-Key")?.map(parse_key).transpose();
+    let key = key.map_err(|why| ApiError::new(Code::InvalidHeader, why))?;
     let condition = condition(request)?;
     check_coding(request)?;
     let caller = caller(request, &principal);
@@ -73,26 +77,23 @@ pub fn parse_type(text: &str) -> Result<EventType, ApiError> {
     EventType::parse(text).map_err(|error| ApiError::new(Code::InvalidType, error.to_string()))
 }
 
-pub fn parse_ttl(text: &str) -> Result<std::time::Duration, ApiError> {
+// What a request has as a header or parameter, a line of a batch has as a field: the caller says where it is wrong.
+
+pub fn parse_ttl(text: &str) -> Result<Duration, String> {
     // NATS counts TTLs in whole seconds (ADR-43).
-    parse_duration(text).filter(|ttl| ttl.subsec_nanos() == 0).ok_or_else(|| {
-        ApiError::new(
-            Code::InvalidParameter,
-            format!("ttl is a time in whole seconds, such as 90s, 10m or 7d, not {text:?}"),
-        )
-    })
+    let ttl = parse_duration(text).filter(|ttl| ttl.subsec_nanos() == 0);
+    ttl.ok_or_else(|| format!("a time to live is in whole seconds, such as 90s, 10m or 7d, not {text:?}"))
 }
 
-pub fn parse_key(text: &str) -> Result<String, ApiError> {
+pub fn parse_key(text: &str) -> Result<String, String> {
     if text.is_empty() || text.len() > KEY_BYTES_MAX || text.chars().any(char::is_control) {
-        let detail = format!("an idempotency key has 1 to {KEY_BYTES_MAX} bytes and no control characters");
-        return Err(ApiError::new(Code::InvalidHeader, detail));
+        return Err(format!("an idempotency key has 1 to {KEY_BYTES_MAX} bytes and no control characters"));
     }
     Ok(text.to_owned())
 }
 
-pub fn parse_id(text: &str) -> Result<EventId, ApiError> {
-    text.parse().map_err(|error: crate::event::EventIdError| ApiError::new(Code::InvalidHeader, error.to_string()))
+pub fn parse_id(text: &str) -> Result<EventId, String> {
+    text.parse().map_err(|error: EventIdError| error.to_string())
 }
 
 /// `If-Match: "<id>"` or `If-None-Match: *` (RFC 9110, sections 13.1.1 and 13.1.2).
@@ -103,7 +104,10 @@ fn condition(request: &HttpRequest) -> Result<Option<Condition>, ApiError> {
         (None, Some("*")) => Ok(Some(Condition::NoneYet)),
         (None, Some(_)) => wrong("If-None-Match takes only *"),
         (Some(quoted), None) => match quoted.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
-            Some(id) => Ok(Some(Condition::LastIs(parse_id(id)?))),
+            Some(id) => match parse_id(id) {
+                Ok(id) => Ok(Some(Condition::LastIs(id))),
+                Err(why) => wrong(&why),
+            },
             None => wrong("If-Match takes one event id in double quotes"),
         },
         (Some(_), Some(_)) => wrong("If-Match and If-None-Match exclude each other"),
