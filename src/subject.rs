@@ -145,7 +145,7 @@ fn check(text: &str) -> Result<(), SubjectError> {
         return Err(SubjectError::TooLong(text.len()));
     }
     if text.contains('/') {
-        return Err(SubjectError::Slash(text.replace('/', ".")));
+        return Err(SubjectError::Slash(dotted(text)));
     }
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_~:@+=,.*>".contains(c);
     if let Some(character) = text.chars().find(|c| !allowed(*c)) {
@@ -155,6 +155,12 @@ fn check(text: &str) -> Result<(), SubjectError> {
         return Err(SubjectError::EmptyToken);
     }
     Ok(())
+}
+
+/// The tokens of what looks like a path, as a subject has them.
+fn dotted(path: &str) -> String {
+    let tokens: Vec<_> = path.split(['/', '.']).filter(|token| !token.is_empty()).collect();
+    if tokens.is_empty() { "orders.eu".into() } else { tokens.join(".") }
 }
 
 macro_rules! show_as_text {
@@ -273,6 +279,9 @@ mod tests {
             (".a", SubjectError::EmptyToken),
             ("a.", SubjectError::EmptyToken),
             ("a/b", SubjectError::Slash("a.b".into())),
+            ("a.b/", SubjectError::Slash("a.b".into())),
+            ("/a//b./", SubjectError::Slash("a.b".into())),
+            ("/", SubjectError::Slash("orders.eu".into())),
             ("a b", SubjectError::Character(' ')),
             ("$SYS.x", SubjectError::Character('$')),
             ("a\u{0}", SubjectError::Character('\u{0}')),

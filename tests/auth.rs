@@ -394,13 +394,27 @@ fn tokens_come_by_header_or_cookie_and_different_ones_are_refused() {
             (cookie(format!("xtidegate={one}")), 401, "unauthenticated"),
             (cookie(format!("tidegate={one}x")), 401, "invalid_token"),
             (cookie("tidegate=%00".into()), 401, "invalid_token"),
-            (get("/events/demo").header("Authorization", format!("Basic {one}")), 401, "invalid_token"),
+            (get("/events/demo").header("Authorization", format!("Basic {one}")), 401, "unauthenticated"),
+            (
+                get("/events/demo").header("Authorization", "Digest username=\"ann\", realm=\"x\""),
+                401,
+                "unauthenticated",
+            ),
+            (cookie(format!("tidegate={one}")).header("Authorization", "Basic YW5uOnNlY3JldA=="), 200, ""),
+            (cookie("tidegate=x".into()).header("Authorization", "Basic YW5uOnNlY3JldA=="), 401, "invalid_token"),
+            (get("/events/demo").header("Authorization", format!("{one} Bearer")), 401, "invalid_token"),
+            (get("/events/demo").header("Authorization", format!(" Bearer  {one}")), 200, ""),
+            (get("/events/demo").header("Authorization", "Bearer"), 401, "invalid_token"),
+            (get("/events/demo").header("Authorization", "Bearer Basic"), 401, "invalid_token"),
             (get("/events/demo").header("Authorization", &one), 401, "invalid_token"),
             (get("/events/demo").header("Authorization", ""), 401, "invalid_token"),
             (get(&format!("/events/demo?token={one}")), 400, "unknown_parameter"),
             (get(&format!("/events/demo?token={one}")).bearer(&one), 400, "unknown_parameter"),
         ],
     );
+    let several = gateway.ask(cookie(format!("tidegate={one}; tidegate={other}")));
+    let detail = several.json()["detail"].as_str().expect("a problem has a detail").to_owned();
+    assert!(detail.contains("several cookies are named tidegate"), "{detail}");
 }
 
 #[test]
@@ -435,6 +449,9 @@ fn anonymous_access_is_a_list_of_filters() {
             (get("/events/>"), 401, "unauthenticated"),
             (post("/events/public.x"), 401, "unauthenticated"),
             (get("/events/public.x").bearer(&token(json!({}))), 403, "forbidden"),
+            // The password of the whole site, which nginx in front has looked at.
+            (get("/events/public.x").header("Authorization", "Basic YW5uOnNlY3JldA=="), 200, ""),
+            (get("/events/other").header("Authorization", "Basic YW5uOnNlY3JldA=="), 401, "unauthenticated"),
         ],
     );
     let answer = gateway.ask("/events/other");

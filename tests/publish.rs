@@ -85,6 +85,12 @@ fn a_receipt_names_what_was_stored(broker: Backend) {
     assert_eq!(response.header("Content-Type"), Some("application/json"));
     assert_eq!(response.json(), json!({ "id": id, "subject": "orders.eu", "duplicate": false }));
     assert_eq!(stream.next(), Event::new(id, "order.paid", r#"{"order":42}"#));
+    // In a query + is a blank, in a path it is itself.
+    let mut stream = gateway.stream("/events/a+b");
+    for (target, kind) in [("a+b?type=c+d%2Be", "c d+e"), ("a%2Bb?type=c%20d", "c d")] {
+        let id = id_of(&post(&gateway, &format!("/events/{target}"), &[], "x"));
+        assert_eq!(stream.next(), Event::new(id, kind, "x"));
+    }
 }
 
 fn the_largest_event_passes(broker: Backend) {

@@ -221,6 +221,7 @@ fn streams_begin_where_they_are_asked_to(broker: Backend) {
     let mut now = from("now");
     let mut nowhere = gateway.stream("/events/demo");
     let mut future = from("2999-01-01T00:00:00Z");
+    let mut end_of_time = from("9999-12-31T23:59:59.999999999999Z");
     let mut after_the_last = from(&ids[2]);
     gateway.publish("demo", "4");
 
@@ -230,7 +231,14 @@ fn streams_begin_where_they_are_asked_to(broker: Backend) {
     assert_eq!(from("0001-01-01T00:00:00Z").data(4), ["1", "2", "3", "4"]);
     assert_eq!(from("-15m").data(4), ["1", "2", "3", "4"]);
     assert_eq!(from("-100000d").data(4), ["1", "2", "3", "4"]);
-    for stream in [&mut now, &mut nowhere, &mut future, &mut after_the_last] {
+    // The same time elsewhere, with a + that was not encoded; and with more digits than times have here.
+    let elsewhere = time.parse::<jiff::Timestamp>().unwrap() + jiff::SignedDuration::from_hours(2);
+    let elsewhere = elsewhere.to_string();
+    let (seconds, _) = elsewhere.split_once('Z').expect("it is in UTC");
+    for same in [format!("{seconds}+02:00"), format!("{seconds}%2B02:00"), time.replace('Z', "000000Z")] {
+        assert_eq!(from(&same).data(3), ["2", "3", "4"], "{same}");
+    }
+    for stream in [&mut now, &mut nowhere, &mut future, &mut end_of_time, &mut after_the_last] {
         assert_eq!(stream.next().data, "4");
     }
 }

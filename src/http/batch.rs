@@ -38,6 +38,7 @@ use super::{
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
     passage::caller,
     publish::{Receipt, check_coding, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
+    query::Parameters,
     who,
 };
 use crate::{
@@ -62,6 +63,19 @@ const END_WITHIN: Duration = Duration::from_millis(50);
 /// Headers of a single event, and the field of a line that says the same.
 const HEADERS_OF_ONE: [(&str, &str); 3] =
     [("Idempotency-Key", "idempotency_key"), ("If-Match", "if_match"), ("If-None-Match", "if_none_match")];
+
+const PARAMETERS: Parameters = Parameters {
+    known: &[],
+    advice: &[
+        (&["topic", "topics", "channel", "subject"], "each line of a batch names its \"subject\""),
+        (&["id", "key"], "each line of a batch may have an \"idempotency_key\"; ids are given by the broker"),
+        (
+            &["data", "payload", "message", "type", "ttl", "event"],
+            "there are none here; each line of a batch has it as a field",
+        ),
+        who::ADVICE,
+    ],
+};
 
 /// What some editors and libraries put in front of a text.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
@@ -121,7 +135,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 }
 
 async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> {
-    let query = app.query(request, &[])?;
+    let query = app.query(request, &PARAMETERS)?;
     let principal = who::identify(app, request, &query).await?;
     app.cors.borrow().check_publish(request.headers())?;
     who::check_publish_anything(&principal)?;

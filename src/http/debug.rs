@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{
     App,
     error::{ApiError, Code},
-    query::Query,
+    query::{Parameters, Query},
 };
 use crate::{
     delivery::{Ended, Record},
@@ -93,7 +93,8 @@ fn respond(request: &HttpRequest, listed: Result<impl Serialize, ApiError>) -> H
 }
 
 fn list_streams(app: &App, request: &HttpRequest) -> Result<Streams, ApiError> {
-    let query = Query::parse(request, &["after", "limit", "address", "principal", "filter"])?;
+    let known = &["after", "limit", "address", "principal", "filter"];
+    let query = Query::parse(request, &Parameters { known, advice: &[] }, None)?;
     let after = parsed(&query, "after", "the number of a stream")?.unwrap_or(0);
     let limit = limit(app, &query)?;
     let wanted = Wanted::read(&query)?;
@@ -164,7 +165,7 @@ fn describe_ended(app: &App, ended: &Ended) -> EndedStream {
 }
 
 fn list_feeds(app: &App, request: &HttpRequest) -> Result<Feeds, ApiError> {
-    let query = Query::parse(request, &["after", "limit"])?;
+    let query = Query::parse(request, &Parameters { known: &["after", "limit"], advice: &[] }, None)?;
     let limit = limit(app, &query)?;
     let after = query.one("after")?.unwrap_or_default();
     let mut feeds = app.hub.feeds_after(after, limit + 1);

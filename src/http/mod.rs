@@ -40,7 +40,7 @@ use self::{
     connection::Connection,
     cors::Cors,
     error::{ApiError, Code},
-    query::Query,
+    query::{Parameters, Query},
 };
 use crate::{
     auth::Auth,
@@ -222,9 +222,8 @@ impl App {
     }
 
     /// The query of `request`, in which these parameters may occur, and the token where it is taken from there.
-    fn query(&self, request: &HttpRequest, known: &[&'static str]) -> Result<Query, ApiError> {
-        let token = self.auth.takes_query_token().then_some(who::TOKEN);
-        Query::parse(request, &known.iter().copied().chain(token).collect::<Vec<_>>())
+    fn query(&self, request: &HttpRequest, parameters: &Parameters) -> Result<Query, ApiError> {
+        Query::parse(request, parameters, self.auth.takes_query_token().then_some(who::TOKEN))
     }
 
     fn is_draining(&self) -> bool {

@@ -11,7 +11,7 @@ use super::{
     App,
     error::{ApiError, Code},
     passage::caller,
-    query::subject_in_path,
+    query::{Parameters, subject_in_path},
     who,
 };
 use crate::{
@@ -23,6 +23,18 @@ use crate::{
 
 /// Longest idempotency key, in bytes.
 pub const KEY_BYTES_MAX: usize = 255;
+
+const PARAMETERS: Parameters = Parameters {
+    known: &["type", "ttl"],
+    advice: &[
+        (&["topic", "topics", "channel", "subject"], "the subject stands in the path: /events/{subject}"),
+        (&["id"], "ids are given by the broker; what may be sent twice has an Idempotency-Key header"),
+        (&["data", "payload", "message"], "the body of the request is the event's data"),
+        (&["event"], "did you mean \"type\"?"),
+        (&["key"], "an idempotency key comes as the header Idempotency-Key, an API key as Authorization: Bearer"),
+        who::ADVICE,
+    ],
+};
 
 /// What a publisher is told of a stored event.
 #[derive(Serialize)]
@@ -47,7 +59,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 }
 
 async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
-    let query = app.query(request, &["type", "ttl"])?;
+    let query = app.query(request, &PARAMETERS)?;
     let principal = who::identify(app, request, &query).await?;
     app.cors.borrow().check_publish(request.headers())?;
     let subject = parse_subject(&subject_in_path(request)?)?;

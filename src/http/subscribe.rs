@@ -2,6 +2,7 @@
 //! stream.
 
 use std::{
+    borrow::Cow,
     convert::Infallible,
     pin::Pin,
     rc::Rc,
@@ -16,14 +17,14 @@ use actix_web::{
     web,
 };
 use bytes::Bytes;
-use jiff::Timestamp;
+use jiff::{Timestamp, fmt::temporal::Pieces};
 
 use super::{
     App,
     connection::{Handoff, Slot},
     error::{ApiError, Code},
     passage::{address, caller},
-    query::{Query, decode, subject_in_path},
+    query::{Parameters, Query, decode_query, subject_in_path},
     who,
 };
 use crate::{
@@ -32,8 +33,29 @@ use crate::{
     config::parse_duration,
     hub::{Start, StartAt},
     sse::{Format, Framing},
-    subject::Filter,
+    subject::{Filter, SubjectError},
 };
+
+/// The parameters beside the filter in the path.
+const OF_ONE: Parameters = Parameters {
+    known: &["from", "format", "lastEventId"],
+    advice: &[
+        (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
+        ID,
+        DATA,
+        KEY,
+        who::ADVICE,
+    ],
+};
+const OF_SEVERAL: Parameters = Parameters {
+    known: &["subject", "from", "format", "lastEventId"],
+    advice: &[(&["topic", "topics", "channel"], "did you mean \"subject\"?"), ID, DATA, KEY, who::ADVICE],
+};
+type Advice = (&'static [&'static str], &'static str);
+const ID: Advice =
+    (&["id", "since", "after"], "the id after which a stream begins is from, or lastEventId, which wins over it");
+const DATA: Advice = (&["data", "payload", "message"], "events are published by POST, with the data as the body");
+const KEY: Advice = (&["key"], "an API key comes as Authorization: Bearer");
 
 /// How much of a `Last-Event-ID` is looked at. None of ours is longer.
 const ID_CHARS_MAX: usize = 16 * 1024;
@@ -41,7 +63,7 @@ const ID_CHARS_MAX: usize = 16 * 1024;
 /// `GET /events/{filter}`
 pub async fn filter_in_path(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
     let filters = |_: &Query| Ok(vec![parse_filter(&subject_in_path(&request)?)?]);
-    respond(&app, &request, &["from", "format", "lastEventId"], filters).await
+    respond(&app, &request, &OF_ONE, filters).await
 }
 
 /// `GET /events?subject={filter}`, once or several times
@@ -59,19 +81,19 @@ pub async fn filters_in_query(app: web::Data<App>, request: HttpRequest) -> Http
         }
         Ok(Filter::fold(filters))
     };
-    respond(&app, &request, &["subject", "from", "format", "lastEventId"], filters).await
+    respond(&app, &request, &OF_SEVERAL, filters).await
 }
 
 async fn respond(
     app: &App,
     request: &HttpRequest,
-    known: &[&'static str],
+    parameters: &Parameters,
     filters: impl FnOnce(&Query) -> Result<Vec<Filter>, ApiError>,
 ) -> HttpResponse {
     let opened = async {
         let attempt = app.shares.attempt(address(request));
         attempt.map_err(|wait| ApiError::over_rate(Code::TooManyAttempts, wait))?;
-        let query = app.query(request, known)?;
+        let query = app.query(request, parameters)?;
         let principal = who::identify(app, request, &query).await?;
         let wish = Wish::read(filters(&query)?, &query, request)?;
         who::check_subscribe(&principal, &wish.filters)?;
@@ -154,7 +176,7 @@ pub(super) fn presented_id(request: &HttpRequest) -> Option<String> {
     let headers = request.headers().get_all("Last-Event-ID");
     let headers = headers.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let parameters = request.query_string().split('&').filter_map(|pair| pair.strip_prefix("lastEventId="));
-    let parameters = parameters.filter_map(|value| decode(value).ok());
+    let parameters = parameters.filter_map(|value| decode_query(value).ok());
     // Empty is what an EventSource has before its first id.
     let id = headers.chain(parameters).find(|id| !id.is_empty())?;
     Some(id.chars().take(ID_CHARS_MAX).collect())
@@ -176,7 +198,14 @@ impl MessageBody for NoBody {
 }
 
 fn parse_filter(text: &str) -> Result<Filter, ApiError> {
-    Filter::parse(text).map_err(|error| ApiError::new(Code::InvalidSubject, error.to_string()))
+    Filter::parse(text).map_err(|error| ApiError::new(Code::InvalidSubject, explain(&error)))
+}
+
+fn explain(error: &SubjectError) -> String {
+    match error {
+        SubjectError::Character(' ') => format!("{error} (in a query + is a blank: write %2B)"),
+        other => other.to_string(),
+    }
 }
 
 /// Reads `from`: `now`, `first`, `snapshot`, an event id, a time (RFC 3339), how long ago (`-15m`), or how many (`-100`).
@@ -193,10 +222,41 @@ pub(super) fn parse_start(text: &str) -> Result<StartAt, ApiError> {
         "now" => Ok(StartAt::Now),
         "first" => Ok(StartAt::First),
         "snapshot" => Ok(StartAt::Snapshot),
-        _ => text.parse().map(StartAt::After).ok().or_else(|| text.parse().ok().map(StartAt::Time)).ok_or_else(|| {
+        _ => text.parse().map(StartAt::After).ok().or_else(|| parse_time(text).map(StartAt::Time)).ok_or_else(|| {
             let detail =
                 "from is now, first, snapshot, an event id, a time such as 2026-01-31T12:00:00Z, how long ago, such as -15m, or how many events, such as -100";
             ApiError::new(Code::InvalidParameter, detail)
         }),
+    }
+}
+
+/// Reads a time as RFC 3339 has it. One that is finer than times here are, or further off, is the nearest that there is.
+fn parse_time(text: &str) -> Option<Timestamp> {
+    let text = with_sign(&with_nanoseconds(text));
+    text.parse().ok().or_else(|| nearest(&text))
+}
+
+/// The time with its offset's sign: in a query, a `+` that was not encoded is a blank.
+fn with_sign(text: &str) -> String {
+    let at = text.len().saturating_sub("+02:00".len());
+    match text.get(at..).and_then(|offset| offset.strip_prefix(' ')) {
+        Some(offset) => format!("{}+{offset}", &text[..at]),
+        None => text.to_owned(),
+    }
+}
+
+/// The time with nine digits of a fraction at most.
+fn with_nanoseconds(text: &str) -> Cow<'_, str> {
+    let Some((seconds, rest)) = text.split_once('.') else { return text.into() };
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    format!("{seconds}.{}{}", &rest[..digits.min(9)], &rest[digits..]).into()
+}
+
+fn nearest(text: &str) -> Option<Timestamp> {
+    let pieces = Pieces::parse(text).ok()?;
+    let time = pieces.date().to_datetime(pieces.time()?);
+    match pieces.to_numeric_offset()?.to_timestamp(time) {
+        Ok(_) => None,
+        Err(_) => Some(if time.year() > 0 { Timestamp::MAX } else { Timestamp::MIN }),
     }
 }

@@ -25,6 +25,12 @@ use crate::{
 /// The query parameter that carries a token, where that is switched on.
 pub const TOKEN: &str = "token";
 
+/// What is said of tokens in the query where they are not taken.
+pub const ADVICE: (&[&str], &str) = (
+    &[TOKEN, "access_token", "auth", "authorization", "jwt"],
+    "a token comes as Authorization: Bearer, or in the cookie; in the query only where auth.query_token is on, as token",
+);
+
 /// Who sends `request`.
 pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result<Principal, ApiError> {
     if app.auth.is_local_only() {
@@ -36,8 +42,15 @@ pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result
     let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), Carrier::Query));
     let brought: Vec<(Cow<'_, str>, _)> = from_header.into_iter().chain(from_cookie).chain(from_query).collect();
     let Some((text, carrier)) = brought.first() else { return Ok(app.auth.identify(None).await?) };
-    if brought.iter().any(|(other, _)| other != text) {
-        let detail = "the request brings different tokens (Authorization, cookie, ?token=): bring one";
+    let mut others = brought.iter().filter(|(other, _)| other != text).map(|(_, carrier)| *carrier).peekable();
+    if others.peek().is_some() {
+        let detail = match *carrier == Carrier::Cookie && others.all(|other| other == Carrier::Cookie) {
+            true => format!(
+                "several cookies are named {cookie}, with different values: a browser keeps one for each path and \
+                 domain that set it; delete all but one"
+            ),
+            false => "the request brings different tokens (Authorization, cookie, ?token=): bring one".into(),
+        };
         return Err(ApiError::new(Code::AmbiguousToken, detail));
     }
     Ok(app.auth.identify(Some(Credential { text, carrier: *carrier })).await?)
@@ -76,13 +89,16 @@ pub fn check_publish_anything(principal: &Principal) -> Result<(), ApiError> {
 
 fn forbidden(principal: &Principal, what: String) -> ApiError {
     match principal.is_anonymous() {
-        true => ApiError::new(Code::Unauthenticated, format!("{what} is not for everybody: bring a token")),
+        true => {
+            let detail = format!("{what} is not for everybody: bring a token (Authorization: Bearer, or the cookie)");
+            ApiError::new(Code::Unauthenticated, detail)
+        }
         false => ApiError::new(Code::Forbidden, format!("{what} is not allowed with this token or key")),
     }
 }
 
-/// The token of `Authorization: Bearer`. Other schemes are refused, like bad tokens: whoever sends one means to be
-/// somebody.
+/// The token of `Authorization: Bearer`. Credentials of another scheme are not for the gateway: a browser sends the
+/// password of a whole site (`Basic`) with every request. A token without a scheme is refused, as a bad one is.
 fn authorization(request: &HttpRequest) -> Result<Option<Cow<'_, str>>, ApiError> {
     let mut values = request.headers().get_all(header::AUTHORIZATION);
     let (Some(value), second) = (values.next(), values.next()) else { return Ok(None) };
@@ -92,8 +108,14 @@ fn authorization(request: &HttpRequest) -> Result<Option<Cow<'_, str>>, ApiError
     let text = value.to_str().unwrap_or_default();
     match text.split_once(' ') {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("Bearer") => Ok(Some(token.trim().into())),
+        Some((scheme, _)) if is_scheme(scheme) => Ok(None),
         _ => Err(ApiError::new(Code::InvalidToken, "Authorization is Bearer, a blank, and a token")),
     }
+}
+
+/// Whether a text can be the name of a scheme (RFC 9110, section 11.1), such as `Basic`, and is none of a token's parts.
+fn is_scheme(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 /// The values of the cookies of this name, other than empty ones, whatever else is sent as cookies.
