@@ -62,6 +62,11 @@ impl Subject {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// What asks for this subject alone.
+    pub fn filter(&self) -> Filter {
+        Filter(self.0.clone())
+    }
 }
 
 impl Filter {

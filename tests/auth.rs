@@ -459,6 +459,26 @@ fn anonymous_access_is_a_list_of_filters() {
 }
 
 #[test]
+fn who_may_not_read_a_subject_is_not_told_its_last_id() {
+    let gateway = with_secret().start();
+    let rights = |subscribe: &[&str]| token(json!({ "tidegate": { "subscribe": subscribe, "publish": [">"] } }));
+    let refused = |subscribe: &[&str]| {
+        let token = rights(subscribe);
+        let first = post("/events/orders.eu").header("If-None-Match", "*").bearer(&token);
+        gateway.ask(first.clone());
+        gateway.ask(first).json()
+    };
+    let of_reader = refused(&["orders.*"]);
+    let id = of_reader["last_id"].as_str().expect("who may read it is told");
+
+    for others in [&["orders"][..], &["orders.eu.>", "*"], &[]] {
+        let problem = refused(others);
+        assert_eq!((&problem["status"], &problem["last_id"]), (&json!(412), &Value::Null), "{problem}");
+        assert!(!problem.to_string().contains(id), "{problem}");
+    }
+}
+
+#[test]
 fn each_line_of_a_batch_is_held_against_the_token() {
     let gateway = with_secret().start();
     let token = token(json!({ "exp": now() + 4, "tidegate": { "subscribe": [">"], "publish": ["orders.*"] } }));

@@ -192,7 +192,14 @@ fn if_match_stores_only_after_that_event(broker: Backend) {
     let late = publish(&first, "never");
     let wrong_subject = publish(&elsewhere, "never");
     let third = publish(&id_of(&second), "3");
+    let in_a_batch =
+        gateway.ask(Request::batch().body(line(json!({ "subject": "state", "data": "never", "if_match": first }))));
 
+    for (refused, last) in [(&late, &second), (&wrong_subject, &second), (&in_a_batch, &third)] {
+        let (problem, last) = (&refused.json_lines()[0], id_of(last));
+        assert_eq!(problem["last_id"], json!(last), "{problem}");
+        assert!(problem["detail"].as_str().is_some_and(|detail| detail.contains(&last)), "{problem}");
+    }
     for refused in [&late, &wrong_subject] {
         assert_eq!((refused.status, &refused.json()["code"]), (412, &"condition_failed".into()), "{refused:?}");
     }
@@ -210,6 +217,10 @@ fn if_none_match_stores_only_the_first(broker: Backend) {
         [publish("lock.a", "1"), publish("lock.a", "never"), publish("lock.b", "2"), publish("lock.b", "never")]
             .map(|response| response.status);
 
+    let refused = publish("lock.a", "never").json();
+    let kept = gateway.stream("/events/lock.a?from=first").next();
+
+    assert_eq!((&refused["title"], &refused["last_id"]), (&json!("The subject has an event already"), &json!(kept.id)));
     assert_eq!(statuses, [201, 412, 201, 412]);
     assert_eq!(gateway.stream("/events/lock.*?from=first").data(2), ["1", "2"]);
 }

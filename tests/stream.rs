@@ -639,6 +639,23 @@ fn a_head_is_answered_as_a_get_is_and_opens_nothing(broker: Backend) {
     assert_eq!(heads("HEAD", "/events/demo", events).0, 200, "the node is full, which will pass");
 }
 
+#[test]
+fn a_read_that_fails_is_not_told_that_nothing_was_stored() {
+    let Backend::Nats(mut server) = Backend::nats() else { unreachable!("it is on NATS") };
+    let gateway = Launch::new().flag("--nats", &format!("nats://{}", server.address())).start();
+    server.kill();
+    gateway.wait_for_metric("tidegate_broker_up", 0.0);
+
+    let read = gateway.ask("/events/demo?from=first");
+    let publish = gateway.ask(Request::post("/events/demo").body("x"));
+
+    for (refused, is_told) in [(&read, false), (&publish, true)] {
+        assert_eq!((refused.status, &refused.json()["code"]), (503, &"broker_unavailable".into()), "{refused:?}");
+        assert_eq!(refused.text().contains("nothing was stored"), is_told, "{refused:?}");
+    }
+    assert_eq!(gateway.ask(Request::new("HEAD", "/events/demo?from=first")).status, 503);
+}
+
 // History in memory, and bounded by settings of the embedded broker: these are about that one.
 
 #[test]

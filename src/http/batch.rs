@@ -262,7 +262,7 @@ impl Batch {
             Err(error) => return self.answer(Answer::Refused(number, error)),
         };
         let subject = publication.subject.clone();
-        match self.app.publish(publication).await {
+        match self.app.publish(&self.principal, publication).await {
             Err(error) => self.answer(Answer::Refused(number, error)),
             Ok(receipt) => self.waiting.push_back(Box::pin(async move {
                 match receipt.await {

@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     auth::Refusal,
-    broker::{BrokerError, PublishError},
+    broker::{BrokerError, Condition, PublishError},
+    event::EventId,
     limits::{TooMany, Wait},
     sse,
 };
@@ -78,7 +79,7 @@ codes! {
     TooManyPublishes = 429 "too_many_publishes" "You publish too many events a second";
     TooManyBytes = 429 "too_many_bytes" "You publish too many bytes a second";
     Internal = 500 "internal" "This should not have happened";
-    BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached; nothing was stored";
+    BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached";
     BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
     Draining = 503 "draining" "This node is going away";
     TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
@@ -90,7 +91,11 @@ codes! {
 #[derive(Clone, Debug)]
 pub struct ApiError {
     pub code: Code,
+    /// Where the code's own is not all that is to be said.
+    title: Option<&'static str>,
     detail: String,
+    /// The subject's last event, where a condition on it failed.
+    last_id: Option<EventId>,
     allow: Option<&'static str>,
     /// How long it takes until the same request may succeed, where that is known.
     wait: Option<Duration>,
@@ -104,12 +109,14 @@ pub struct Problem<'a> {
     #[serde(skip_serializing_if = "str::is_empty")]
     pub detail: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub request_id: Option<&'a str>,
 }
 
 impl ApiError {
     pub fn new(code: Code, detail: impl Into<String>) -> ApiError {
-        ApiError { code, detail: detail.into(), allow: None, wait: None }
+        ApiError { code, title: None, detail: detail.into(), last_id: None, allow: None, wait: None }
     }
 
     /// The refusal of a request that went over a rate.
@@ -121,12 +128,23 @@ impl ApiError {
         ApiError { allow: Some(allow), ..ApiError::new(Code::MethodNotAllowed, format!("allowed here: {allow}")) }
     }
 
+    /// The refusal of an event whose condition does not hold. The last event is for those who may read the subject.
+    pub fn condition_failed(condition: Condition, last: Option<EventId>) -> ApiError {
+        let title = match condition {
+            Condition::LastIs(_) => None,
+            Condition::NoneYet => Some("The subject has an event already"),
+        };
+        let detail = last.map(|last| format!("its last event is {last}")).unwrap_or_default();
+        ApiError { title, last_id: last, ..ApiError::new(Code::ConditionFailed, detail) }
+    }
+
     pub fn problem(&self) -> Problem<'_> {
         Problem {
             status: self.code.status().as_u16(),
             code: self.code.as_str(),
-            title: self.code.title(),
+            title: self.title.unwrap_or(self.code.title()),
             detail: &self.detail,
+            last_id: self.last_id.map(|id| id.to_string()),
             request_id: None,
         }
     }
@@ -225,7 +243,8 @@ impl From<PublishError> for ApiError {
         let detail = match &error {
             PublishError::OutcomeUnknown => "try again with the same Idempotency-Key: it is stored once".into(),
             PublishError::Refused(reason) => reason.clone(),
-            PublishError::Unavailable | PublishError::ConditionFailed => String::new(),
+            PublishError::Unavailable => "nothing was stored".into(),
+            PublishError::ConditionFailed => String::new(),
         };
         ApiError::new(code, detail)
     }

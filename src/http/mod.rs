@@ -43,13 +43,15 @@ use self::{
     query::{Parameters, Query},
 };
 use crate::{
-    auth::Auth,
-    broker::{Publication, Publish, PublishError, Published, SharedBroker},
+    auth::{Auth, Principal},
+    broker::{Condition, Publication, Publish, PublishError, Published, SharedBroker},
     config::{self, Debug},
     delivery::Deliveries,
+    event::EventId,
     hub::Hub,
     limits::{Limits, Place},
     metrics::Metrics,
+    subject::Subject,
 };
 
 /// How long a connection is kept for the rest of a body that nobody wants, and for its own orderly end.
@@ -199,6 +201,32 @@ async fn not_found(app: web::Data<App>, request: HttpRequest) -> HttpResponse {
 /// What became of an event that was handed to the broker.
 type Receipt = BoxFuture<'static, Result<Published, ApiError>>;
 
+/// An event that is stored only if something holds.
+struct Conditional {
+    condition: Condition,
+    /// Its subject, if whoever publishes may read that.
+    readable: Option<Subject>,
+    broker: SharedBroker,
+}
+
+/// How long somebody waits at most to be told of the event on which a condition failed.
+const LOOK_WITHIN: Duration = Duration::from_secs(1);
+
+async fn explain(error: PublishError, conditional: Option<Conditional>) -> ApiError {
+    let (PublishError::ConditionFailed, Some(Conditional { condition, readable, broker })) = (&error, conditional)
+    else {
+        return error.into();
+    };
+    let last = async {
+        let known = broker.last(&[readable?]).await.ok()??;
+        let sequence = known.sequences.first().copied().filter(|sequence| *sequence > 0)?;
+        Some(EventId { epoch: known.epoch, sequence })
+    };
+    // Boxed: few publishes need it, and all would make room for it.
+    let last = tokio::time::timeout(LOOK_WITHIN, Box::pin(last)).await.ok().flatten();
+    ApiError::condition_failed(condition, last)
+}
+
 fn count_publish(metrics: &Metrics, outcome: Result<&Published, &PublishError>) {
     let label = match outcome {
         Ok(_) => "stored",
@@ -247,16 +275,29 @@ impl App {
         place
     }
 
-    /// Hands an event to the broker. What comes back resolves once it is stored, or is not.
-    async fn publish(&self, publication: Publication) -> Result<Receipt, ApiError> {
+    /// Hands an event of this principal's to the broker. What comes back resolves once it is stored, or is not.
+    async fn publish(&self, principal: &Principal, publication: Publication) -> Result<Receipt, ApiError> {
         let (began, metrics, bytes) = (Instant::now(), self.metrics.clone(), publication.payload.len());
-        let acknowledgement = self.publisher.publish(publication).await;
-        let acknowledgement = acknowledgement.inspect_err(|error| count_publish(&metrics, Err(error)))?;
+        let conditional = publication.condition.map(|condition| Conditional {
+            condition,
+            readable: principal.may_subscribe(&publication.subject.filter()).then(|| publication.subject.clone()),
+            broker: self.broker.clone(),
+        });
+        let acknowledgement = match self.publisher.publish(publication).await {
+            Ok(acknowledgement) => acknowledgement,
+            Err(error) => {
+                count_publish(&metrics, Err(&error));
+                return Err(explain(error, conditional).await);
+            }
+        };
         Ok(Box::pin(async move {
             let outcome = acknowledgement.await;
             metrics.publish_seconds.observe(began.elapsed().as_secs_f64());
             count_publish(&metrics, outcome.as_ref());
-            let published = outcome?;
+            let published = match outcome {
+                Ok(published) => published,
+                Err(error) => return Err(explain(error, conditional).await),
+            };
             if !published.duplicate {
                 metrics.publish_bytes.inc_by(bytes as u64);
             }

@@ -77,7 +77,7 @@ async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Resul
     let bytes = app.shares.publish_bytes(&caller, payload.len());
     bytes.map_err(|wait| ApiError::over_rate(Code::TooManyBytes, wait))?;
     let publication = Publication { subject: subject.clone(), kind, payload, ttl, key, condition };
-    let published = app.publish(publication).await?.await?;
+    let published = app.publish(&principal, publication).await?.await?;
     Ok(HttpResponse::Created().json(Receipt::new(published, &subject)))
 }
 
