@@ -22,6 +22,10 @@ pub use self::{
 /// Every key with its default, its unit and a line of why; also the documentation of the configuration file.
 pub const DEFAULTS: &str = include_str!("config.default.toml");
 
+/// The longest target, and the largest head, that the HTTP server reads, in bytes.
+pub const TARGET_BYTES_MAX: usize = 65_534;
+pub const HEAD_BYTES_MAX: usize = 131_072;
+
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -146,6 +150,10 @@ pub struct Limits {
     pub batch_window: usize,
     #[serde(deserialize_with = "duration")]
     pub stall: Duration,
+    #[serde(deserialize_with = "positive")]
+    pub target_bytes: usize,
+    #[serde(deserialize_with = "positive")]
+    pub head_bytes: usize,
     #[serde(deserialize_with = "duration")]
     pub request_head: Duration,
     #[serde(deserialize_with = "duration")]
@@ -274,6 +282,13 @@ impl Config {
             return rule("limits.line_bytes is less than limits.event_bytes: a line holds a whole event".into());
         }
         let limits = &self.limits;
+        for (key, bytes, most) in
+            [("target_bytes", limits.target_bytes, TARGET_BYTES_MAX), ("head_bytes", limits.head_bytes, HEAD_BYTES_MAX)]
+        {
+            if bytes > most {
+                return rule(format!("limits.{key} is {bytes}, but no more than {most} are ever read"));
+            }
+        }
         for (key, rate, burst) in [
             ("address_attempts", limits.address_attempts, limits.address_attempts_burst),
             ("publishes", limits.publishes, limits.publishes_burst),
@@ -442,6 +457,8 @@ mod tests {
             ("auth.jwt.jwks_url", "id.example.com/jwks", "begins with https://"),
             ("auth.jwt.leeway", "1h", "more than"),
             ("address_header", "x-real-ip", "unknown variant"),
+            ("limits.head_bytes", "200000", "no more than 131072 are ever read"),
+            ("limits.target_bytes", "0", "must be at least 1"),
         ] {
             let error = Config::load(None, vec![(key, value.into())]).unwrap_err().to_string();
             assert!(error.contains(said), "{key} = {value}: {error}");

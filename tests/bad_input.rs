@@ -24,7 +24,7 @@ enum Answer {
     /// A stream that opens with a position.
     Stream,
     Stored,
-    /// A bare status: what the HTTP server says of a request that it can't read, before the gateway sees it.
+    /// Whatever else it says, this status.
     Status(u16),
 }
 use Answer::{Gap, LineProblem, Problem, Status, Stored, Stream};
@@ -594,28 +594,57 @@ fn lines() -> Vec<(Request, Answer)> {
     lines.into_iter().map(|(line, answer)| (between(line), answer)).collect()
 }
 
-/// What never becomes a request. The HTTP server answers before the gateway could, by a bare status.
+/// What never becomes a request: the HTTP server refuses it before a handler sees it. And what is one, and too large.
 fn framing() -> Vec<(Request, Answer)> {
-    vec![
-        (get("/events/a b"), Status(400)),
-        (get("/events/é"), Status(400)),
-        (get(b"/events/\xff"), Status(400)),
-        (get("/events/<script>"), Status(400)),
-        (get("/events/a\0b"), Status(400)),
-        (get("/events/a\rb"), Status(400)),
-        (get("events/demo"), Status(400)),
-        (get(format!("/events/{}", "s".repeat(70_000))), Status(400)),
-        (get("/events/demo").header("Last-Event-ID", "a\0b"), Status(400)),
-        (get("/events/demo").header("Last-Event-ID", "a\rb"), Status(400)),
-        (post("/events/demo").header("Idempotency-Key", "a\0b"), Status(400)),
-        (post("/events/demo").header("Bad Name", "x"), Status(400)),
-        (post("/events/demo").header("Content-Length", "2"), Status(400)),
-        (post("/events/demo").header("Transfer-Encoding", "chunked"), Status(400)),
-        (Request::post("/events/demo").header("Content-Length", "-1"), Status(400)),
-        (Request::post("/events/demo").header("Content-Length", "x"), Status(400)),
-        (Request::post("/events/demo").header("Transfer-Encoding", "gzip"), Status(400)),
-        (get("/events/demo").header("X", "x".repeat(200_000)), Status(431)),
-    ]
+    const MALFORMED: &str = "malformed_request";
+    const TARGET: &str = "target_too_long";
+    const HEAD: &str = "head_too_large";
+    let mut rows = vec![
+        (get(format!("/events/{}", "s".repeat(32_760))), Problem(400, "invalid_subject", "this one has 32760")),
+        (get(format!("/events/{}", "s".repeat(32_761))), Problem(414, TARGET, "at most 32768 bytes")),
+        (get(format!("/events/demo?_={}", "s".repeat(40_000))), Problem(414, TARGET, "at most 32768 bytes")),
+        (get(format!("/events/{}", "s".repeat(70_000))), Problem(414, TARGET, "path and query have at most")),
+        (get(format!("/events/{}", "s".repeat(200_000))), Problem(414, TARGET, "path and query have at most")),
+        (get("/events/demo").header("X", "x".repeat(65_000)), Stream),
+        (get("/events/demo").header("X", "x".repeat(66_000)), Problem(431, HEAD, "at most 65536 bytes")),
+        (post("/events/demo").header("X", "x".repeat(66_000)), Problem(431, HEAD, "at most 65536 bytes")),
+        (
+            get("/events/demo").header("X", "x".repeat(200_000)),
+            Problem(431, HEAD, "a request's line and headers have at most"),
+        ),
+        ((0..90).fold(get("/events/demo"), |request, n| request.header(&format!("X-{n}"), "x")), Stream),
+        (
+            (0..96).fold(get("/events/demo"), |request, n| request.header(&format!("X-{n}"), "x")),
+            Problem(431, HEAD, "are at most 96"),
+        ),
+        (Request::new("HEAD", format!("/events/{}", "s".repeat(40_000))), Status(414)),
+        (Request::new("HEAD", format!("/events/{}", "s".repeat(70_000))), Status(414)),
+        (Request::new("HEAD", "/events/demo").header("X", "x".repeat(200_000)), Status(431)),
+    ];
+    for request in [
+        get("/events/a b"),
+        get("/events/é"),
+        get(b"/events/\xff"),
+        get("/events/<script>"),
+        get("/events/a\0b"),
+        get("/events/a\rb"),
+        get("events/demo"),
+        get("/events/demo").header("Last-Event-ID", "a\0b"),
+        get("/events/demo").header("Last-Event-ID", "a\rb"),
+        post("/events/demo").header("Idempotency-Key", "a\0b"),
+        post("/events/demo").header("Bad Name", "x"),
+        post("/events/demo").header("Content-Length", "2"),
+        post("/events/demo").header("Transfer-Encoding", "chunked"),
+        Request::post("/events/demo").header("Content-Length", "-1"),
+        Request::post("/events/demo").header("Content-Length", "x"),
+        Request::post("/events/demo").header("Transfer-Encoding", "gzip"),
+    ] {
+        rows.push((request, Status(400)));
+    }
+    for request in [get("/events/a b"), post("/events/demo").header("Content-Length", "2"), get("events/demo")] {
+        rows.push((request, Problem(400, MALFORMED, "is not as RFC 9112 has it")));
+    }
+    rows
 }
 
 impl Answer {
@@ -662,4 +691,38 @@ fn assert_problem(problem: &Value, status: u16, code: &str, said: &str) {
     assert!(problem["title"].as_str().is_some_and(|title| !title.is_empty()), "{problem}");
     let detail = problem["detail"].as_str().unwrap_or_default();
     assert!(detail.contains(said), "{detail:?} does not say {said:?}");
+}
+
+#[test]
+fn what_can_not_be_read_is_refused_with_a_problem_on_used_connections_too() {
+    let gateway = Launch::new().start();
+    let overlong = |method: &str| Request::new(method, format!("/events/{}", "s".repeat(100_000)));
+    for (request, status) in [
+        (overlong("GET"), 414),
+        (overlong("HEAD"), 414),
+        (get("/events/demo").header("X", "x".repeat(200_000)), 431),
+        (get("/events/a\0b"), 400),
+    ] {
+        let mut connection = gateway.connect();
+        connection.send("/nowhere");
+        assert_eq!(connection.response().status, 404);
+        connection.send(&request);
+        let refused = connection.response();
+        assert_eq!((refused.status, refused.header("Connection")), (status, Some("close")), "{refused:?}");
+        assert_eq!(refused.header("Content-Type"), Some("application/problem+json"));
+        if !refused.body.is_empty() {
+            assert_eq!(refused.json()["request_id"].as_str(), refused.header("X-Request-Id"));
+        }
+        assert_eq!(connection.rest(), b"", "what follows is not read");
+    }
+    // Behind others that are still unanswered.
+    let mut connection = gateway.connect();
+    connection.send_bytes([Request::get("/nowhere").bytes(), b"nonsense\r\n\r\n".to_vec()].concat());
+    let answered = String::from_utf8(connection.rest()).expect("text");
+    assert_eq!(answered.matches("HTTP/1.1 ").count(), 2, "{answered}");
+    assert!(answered.contains("not_found") && answered.contains(r#""code":"malformed_request""#), "{answered}");
+    let counted = gateway.ask_admin("/metrics").text();
+    for (code, times) in [("target_too_long", 2), ("head_too_large", 1), ("malformed_request", 2)] {
+        assert!(counted.contains(&format!("tidegate_refusals_total{{code=\"{code}\"}} {times}")), "{code}");
+    }
 }

@@ -109,7 +109,8 @@ fn raw_events_are_what_was_published(broker: Backend) {
         ("order.paid", r#"{"order":42}"#, r#"{"order":42}"#),
         ("Bestellung%20%E2%9C%93", "x", "x"),
         ("a:b", "x", "x"),
-        ("+", "x", "x"),
+        ("%2B", "x", "x"),
+        ("a+b", "x", "x"),
     ] {
         let target = if kind.is_empty() { "/events/demo".into() } else { format!("/events/demo?type={kind}") };
         let receipt = gateway.ask(Request::post(target).body(payload)).json();
@@ -117,6 +118,8 @@ fn raw_events_are_what_was_published(broker: Backend) {
         let expected = match kind {
             "" => "message",
             "Bestellung%20%E2%9C%93" => "Bestellung ✓",
+            "%2B" => "+",
+            "a+b" => "a b",
             kind => kind,
         };
         let id = receipt["id"].as_str().expect("it is stored");
@@ -203,7 +206,6 @@ fn filters_are_taken_from_path_and_query_alike(broker: Backend) {
         "/events?subject=orders.>&from=first",
         "/events?from=first&subject=orders.%3E",
         "/events?subject=orders.*.*&from=first",
-        "/events?subject=orders.eu.4+2&from=first",
         "/events?subject=orders.eu.4%2b2&from=first",
         "http://localhost/events/orders.>?from=first",
     ] {
@@ -620,9 +622,10 @@ fn a_head_is_answered_as_a_get_is_and_opens_nothing(broker: Backend) {
         let of_head = heads("HEAD", target, events);
         assert_eq!(of_head, heads("GET", target, events), "{target}");
         assert_eq!(of_head.0, 200);
-        gateway.wait_for_metric("tidegate_streams", 0.0);
     }
-    assert_eq!(gateway.metric("tidegate_streams_opened_total"), 3.0, "those of the GETs");
+    // Those of the GETs.
+    gateway.wait_for_metric("tidegate_streams_opened_total", 3.0);
+    gateway.wait_for_metric("tidegate_streams", 0.0);
 
     let _only = gateway.stream("/events/demo");
     let mut connection = gateway.connect();

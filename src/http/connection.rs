@@ -10,6 +10,7 @@
 //! curl sends `/events/orders.>` as it is, but the URI type that actix uses refuses such characters, as RFC 3986 does.
 //! [`Target`] follows the requests on the connection, and what it finds is percent-encoded before actix sees it.
 
+mod bare_answer;
 mod target;
 
 use std::{
@@ -17,6 +18,7 @@ use std::{
     io, net,
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -30,7 +32,8 @@ use tokio::{
     time::Sleep,
 };
 
-use self::target::Target;
+use self::{bare_answer::BareAnswers, target::Target};
+use super::App;
 use crate::limits::Place;
 
 /// After how many pipelined requests answers are written before more are read. actix would read on to 128 KiB: 3,500
@@ -41,6 +44,7 @@ const TURN_REQUESTS: usize = 64;
 pub struct Connection {
     slot: Rc<Slot>,
     target: Target,
+    bare_answers: BareAnswers,
     /// Encoded bytes that had no room yet.
     encoded: BytesMut,
     /// Among the connections of its peer, as long as it is not a stream.
@@ -79,7 +83,7 @@ impl Slot {
 }
 
 impl Connection {
-    pub fn new(socket: TcpStream, place: Place, stall: Duration) -> Connection {
+    pub fn new(socket: TcpStream, place: Place, stall: Duration, app: Arc<App>) -> Connection {
         let slot = Slot {
             socket: RefCell::new(Some(socket)),
             flushed: Cell::new(false),
@@ -89,6 +93,7 @@ impl Connection {
         Connection {
             slot: Rc::new(slot),
             target: Target::new(),
+            bare_answers: BareAnswers::new(app),
             encoded: BytesMut::new(),
             _place: place,
             stall,
@@ -133,6 +138,7 @@ impl AsyncRead for Connection {
             let before = buf.filled().len();
             let polled = self.with_socket((), |socket| socket.poll_read(cx, buf));
             let arrived = &buf.filled()[before..];
+            self.bare_answers.has_read(arrived);
             let to_encode = self.target.follow(arrived);
             self.turn_requests = if polled.is_pending() { 0 } else { self.turn_requests + self.target.take_heads() };
             if to_encode.is_empty() {
@@ -155,7 +161,11 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let polled = self.with_socket(bytes.len(), |socket| socket.poll_write(cx, bytes));
+        let Connection { bare_answers, slot, .. } = &mut *self;
+        let polled = bare_answers.poll_write(bytes, |bytes| match &mut *slot.socket.borrow_mut() {
+            Some(socket) => Pin::new(socket).poll_write(cx, bytes),
+            None => Poll::Ready(Ok(bytes.len())),
+        });
         if polled.is_ready() {
             if self.stalled.take().is_some() {
                 self.reader.take().into_iter().for_each(Waker::wake);

@@ -59,6 +59,7 @@ codes! {
     InvalidHeader = 400 "invalid_header" "A header has an unusable value";
     InvalidType = 400 "invalid_type" "This is no event type";
     InvalidLine = 400 "invalid_line" "This line is no event";
+    MalformedRequest = 400 "malformed_request" "This is no HTTP request";
     AmbiguousToken = 400 "ambiguous_token" "Different tokens at once";
     BodyIncomplete = 400 "body_incomplete" "The body ended early";
     Unauthenticated = 401 "unauthenticated" "This is not for everybody";
@@ -68,16 +69,19 @@ codes! {
     OriginNotAllowed = 403 "origin_not_allowed" "Pages of this origin may not do this";
     NotFound = 404 "not_found" "There is nothing here";
     MethodNotAllowed = 405 "method_not_allowed" "This method is not for this resource";
+    HeadTimeout = 408 "head_timeout" "The request's head took too long";
     BodyTimeout = 408 "body_timeout" "The body took too long";
     ConditionFailed = 412 "condition_failed" "The subject's last event is another one";
     EventTooLarge = 413 "event_too_large" "The event is too large";
     LineTooLong = 413 "line_too_long" "The line is too long";
+    TargetTooLong = 414 "target_too_long" "The request's target is too long";
     UnsupportedMediaType = 415 "unsupported_media_type" "The body is of a type or encoding that is not taken here";
     TooManyAttempts = 429 "too_many_attempts" "This address asks for streams too often";
     TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "This address has no room for another stream";
     TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "You have no room for another stream";
     TooManyPublishes = 429 "too_many_publishes" "You publish too many events a second";
     TooManyBytes = 429 "too_many_bytes" "You publish too many bytes a second";
+    HeadTooLarge = 431 "head_too_large" "The request's head is too large";
     Internal = 500 "internal" "This should not have happened";
     BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached";
     BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
@@ -126,6 +130,10 @@ impl ApiError {
 
     pub fn method_not_allowed(allow: &'static str) -> ApiError {
         ApiError { allow: Some(allow), ..ApiError::new(Code::MethodNotAllowed, format!("allowed here: {allow}")) }
+    }
+
+    pub fn target_too_long(bytes_max: usize) -> ApiError {
+        ApiError::new(Code::TargetTooLong, format!("path and query have at most {bytes_max} bytes"))
     }
 
     /// The refusal of an event whose condition does not hold. The last event is for those who may read the subject.

@@ -170,7 +170,7 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
                 let stall = app.limits.borrow().stall;
                 let peer = socket.peer_addr().map_err(DispatchError::Io)?;
                 match app.place_for(peer.ip()) {
-                    Some(place) => Ok((Connection::new(socket, place, stall), Some(peer))),
+                    Some(place) => Ok((Connection::new(socket, place, stall, app), Some(peer))),
                     None => Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into())),
                 }
             }

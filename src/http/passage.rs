@@ -20,7 +20,7 @@ use super::{
     connection::Slot,
     error::{ApiError, Code},
 };
-use crate::{auth::Principal, limits::Caller};
+use crate::{auth::Principal, config, limits::Caller};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken over from a proxy, in bytes.
@@ -43,13 +43,14 @@ pub async fn escort(
     let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
     request.extensions_mut().insert(visit);
-    let mut response = if leaves_http(request.head()) {
-        let refusal = ApiError::new(Code::InvalidHeader, "this connection is not upgraded: streams are plain GETs");
-        let mut refused = app.refuse(request.request(), &refusal);
-        refused.head_mut().set_connection_type(ConnectionType::Close);
-        request.into_response(refused)
-    } else {
-        next.call(request).await?
+    let checked = check_head(request.head(), &app.limits.borrow());
+    let mut response = match checked {
+        Ok(()) => next.call(request).await?,
+        Err(refusal) => {
+            let mut refused = app.refuse(request.request(), &refusal);
+            refused.head_mut().set_connection_type(ConnectionType::Close);
+            request.into_response(refused)
+        }
     };
     if has_endless_rest(&response) {
         let slot = response.request().conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
@@ -67,6 +68,25 @@ fn leaves_http(request: &RequestHead) -> bool {
     let mut upgrades = request.headers.get_all(header::UPGRADE);
     request.method == Method::CONNECT
         || upgrades.any(|to| to.as_bytes().trim_ascii().eq_ignore_ascii_case(b"websocket"))
+}
+
+/// Refuses heads that are of another protocol, or larger than they may be.
+fn check_head(request: &RequestHead, limits: &config::Limits) -> Result<(), ApiError> {
+    if leaves_http(request) {
+        let detail = "this connection is not upgraded: streams are plain GETs";
+        return Err(ApiError::new(Code::InvalidHeader, detail));
+    }
+    let target = request.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    if target > limits.target_bytes {
+        return Err(ApiError::target_too_long(limits.target_bytes));
+    }
+    // With a colon, a blank and the end of its line.
+    let headers: usize = request.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if target + headers > limits.head_bytes {
+        let detail = format!("a request's line and headers have at most {} bytes", limits.head_bytes);
+        return Err(ApiError::new(Code::HeadTooLarge, detail));
+    }
+    Ok(())
 }
 
 /// Whether what still arrives of the request's body is wanted by nobody, and may never end: actix passes over the chunks
@@ -98,9 +118,13 @@ impl Visit {
         let peer = request.peer_addr().map(|peer| peer.ip());
         let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
         let given = given.filter(|_| peer.is_some_and(|peer| app.proxies.trust(peer)));
-        let id = given.map_or_else(|| format!("{:032x}", rand::random::<u128>()).into(), Arc::from);
+        let id = given.map_or_else(new_request_id, Arc::from);
         Visit { id, address: peer.and_then(|peer| app.proxies.client(peer, request.headers())) }
     }
+}
+
+pub fn new_request_id() -> Arc<str> {
+    format!("{:032x}", rand::random::<u128>()).into()
 }
 
 fn is_request_id(text: &str) -> bool {
