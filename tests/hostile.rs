@@ -10,8 +10,11 @@ use support::{
     PATIENCE,
     backend::Backend,
     gateway::{Gateway, Launch},
+    haproxy::{HaProxy, Reuse},
     http::{Connection, Request},
+    nats::NatsServer,
     nginx::Nginx,
+    sse::EventStream,
 };
 
 /// Whoever ends the request before here reads a second one.
@@ -107,6 +110,119 @@ fn nothing_is_smuggled_through_nginx() {
 }
 
 #[test]
+fn nothing_is_smuggled_through_haproxy() {
+    let gateway = Launch::new().with("auth.mode", "open").start();
+    for reuse in [Reuse::Never, Reuse::Always] {
+        let haproxy = HaProxy::start(gateway.address, reuse);
+        for request in ambiguous() {
+            let mut connection = Connection::open(haproxy.address);
+            connection.send_bytes(&request);
+            connection.close_sending();
+            let answered = String::from_utf8(connection.rest()).expect("text");
+            // HAProxy may end a request early itself, and refuses the rest: nothing but one request gets through.
+            let of_gateway = answered.matches("HTTP/1.1 ").count() - answered.matches("<html>").count();
+            assert!(of_gateway <= 1, "{reuse:?} {request:?}: {answered}");
+        }
+    }
+    assert_nothing_was_smuggled(&gateway);
+}
+
+/// A body in which a parser that has lost its place sees a second request, with a length that it may misread.
+fn padded(length_zeros: usize) -> (String, String) {
+    let smuggled = "POST /events/smuggled HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx";
+    // Each raw character would grow by two bytes, and push as much of the body's end out of it.
+    let body = format!("x {} y\r\n\r\n{smuggled}", ">".repeat(smuggled.len() / 2));
+    let length = format!("{}{}", "0".repeat(length_zeros), body.len());
+    let request = format!("POST /events/demo HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}");
+    (request, body)
+}
+
+#[test]
+fn a_padded_content_length_smuggles_nothing_out_of_a_body() {
+    let gateway = Launch::new().start();
+    let mut stored = gateway.stream("/events/demo?format=json");
+    for zeros in [0, 60, 64, 70, 200, 5000] {
+        let (request, body) = padded(zeros);
+        let mut connection = gateway.connect();
+        connection.send_bytes(&request);
+        assert_eq!(connection.response().status, 201, "{zeros}");
+        connection.close_sending();
+        assert_eq!(String::from_utf8_lossy(&connection.rest()), "", "{zeros}");
+        assert_eq!(stored.next().json()["data"], json!(body));
+    }
+    assert_nothing_was_smuggled(&gateway);
+}
+
+#[test]
+fn a_chunk_size_line_that_is_long_smuggles_nothing_out_of_a_body() {
+    let gateway = Launch::new().start();
+    let mut stored = gateway.stream("/events/demo?format=json");
+    let (_, body) = padded(0);
+    let length = body.len();
+    for line in [format!("{}{length:x}", "0".repeat(8)), format!("{length:x};{}", "x".repeat(100))] {
+        let request = Request::post("/events/demo").chunked();
+        let mut connection = gateway.connect();
+        connection.send(&request);
+        connection.send_bytes(format!("{line}\r\n{body}\r\n0\r\n\r\n"));
+        assert_eq!(connection.response().status, 201, "{line}");
+        connection.close_sending();
+        assert_eq!(String::from_utf8_lossy(&connection.rest()), "", "{line}");
+        assert_eq!(stored.next().json()["data"], json!(body));
+    }
+    assert_nothing_was_smuggled(&gateway);
+}
+
+#[test]
+fn a_padded_content_length_smuggles_nothing_past_haproxy() {
+    let gateway = Launch::new().with("auth.mode", "open").start();
+    let mut stored = gateway.stream("/events/demo?format=json");
+    for reuse in [Reuse::Never, Reuse::Always] {
+        let haproxy = HaProxy::start(gateway.address, reuse);
+        for zeros in [0, 60, 64, 200, 5000] {
+            let (request, body) = padded(zeros);
+            let mut connection = Connection::open(haproxy.address);
+            // The second of a connection is the gateway's second, too, or one among many.
+            for _ in 0..2 {
+                connection.send_bytes(&request);
+                assert_eq!(connection.response().status, 201, "{reuse:?} {zeros}");
+                assert_eq!(stored.next().json()["data"], json!(body), "{reuse:?} {zeros}");
+            }
+            connection.close_sending();
+            assert_eq!(String::from_utf8_lossy(&connection.rest()), "", "{reuse:?} {zeros}");
+        }
+        let denied = Connection::ask(haproxy.address, Request::post("/events/smuggled").body("x"));
+        assert_eq!(denied.status, 403, "HAProxy denies it");
+    }
+    assert_nothing_was_smuggled(&gateway);
+}
+
+#[test]
+fn haproxy_streams_and_publishes_with_and_without_shared_connections() {
+    let gateway = Launch::new().with("auth.mode", "open").start();
+    for reuse in [Reuse::Never, Reuse::Always] {
+        let haproxy = HaProxy::start(gateway.address, reuse);
+        for number in 0..4 {
+            // On a connection that others have used, a raw character is not encoded: `%3E` always works.
+            let mut stream = EventStream::open(Connection::open(haproxy.address), "/events/%3E");
+            let published = Request::post("/events/demo").body(format!("{reuse:?} {number}"));
+            assert_eq!(Connection::ask(haproxy.address, published).status, 201);
+            assert_eq!(stream.next().data, format!("{reuse:?} {number}"));
+        }
+    }
+}
+
+#[test]
+fn a_raw_character_is_encoded_in_the_first_target_of_a_connection_only() {
+    let gateway = Launch::new().start();
+    let mut connection = gateway.connect();
+    for (target, status) in [("/nowhere/>", 404), ("/nowhere/%3E", 404), ("/nowhere/>", 400)] {
+        connection.send(target);
+        assert_eq!(connection.response().status, status, "{target}");
+    }
+    assert_eq!(connection.rest(), b"");
+}
+
+#[test]
 fn a_connection_is_not_upgraded() {
     let gateway = Launch::new().start();
     for request in [
@@ -135,6 +251,50 @@ fn a_head_that_trickles_in_is_cut() {
     assert!(answered.starts_with("HTTP/1.1 408 ") && answered.contains("head_timeout"), "{answered}");
     assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
     gateway.connect().rest();
+}
+
+#[test]
+fn a_later_head_that_trickles_in_is_cut() {
+    let gateway = Launch::new().with("limits.request_head", "2s").with("limits.keep_alive", "60s").start();
+    for before in [Request::get("/nowhere"), Request::post("/events/demo").body("x"), Request::batch().body("")] {
+        let mut connection = gateway.connect();
+        connection.send(&before);
+        connection.response();
+        connection.send_bytes("GET /events/demo HTTP/1.1\r\nHost: localhost\r\nX: ");
+        connection.drip_until_closed(b'x', Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_head_that_began_behind_another_request_is_cut() {
+    let gateway = Launch::new().with("limits.keep_alive", "500ms").start();
+    let mut connection = gateway.connect();
+    let mut requests = Request::get("/nowhere").bytes();
+    requests.extend(b"GET /events/demo HTTP/1.1\r\nX: ");
+    connection.send_bytes(requests);
+    assert_eq!(connection.response().status, 404);
+    assert_eq!(connection.rest(), b"");
+}
+
+#[test]
+fn a_request_that_is_being_answered_is_not_cut_as_an_idle_connection_is() {
+    let gateway = Launch::new().with("limits.keep_alive", "300ms").start();
+    let mut batch = gateway.connect();
+    batch.send(Request::batch().chunked());
+    for number in 1..=3 {
+        let mut idle = gateway.connect();
+        idle.send("/nowhere");
+        assert_eq!(idle.response().status, 404);
+        assert_eq!(idle.rest(), b"");
+        batch.send_chunk("{\"subject\":\"demo\",\"data\":1}\n");
+        if number == 1 {
+            assert_eq!(batch.head().status, 200);
+        }
+        assert!(batch.line().is_some_and(|line| line.contains("\"duplicate\":false")));
+    }
+    batch.end_chunks();
+    assert_eq!(batch.line(), None);
+    assert_eq!(batch.rest(), b"");
 }
 
 #[test]
@@ -191,6 +351,24 @@ fn a_node_that_is_full_of_connections_recovers() {
     let _silent: Vec<_> = (0..8).map(|_| gateway.connect()).collect();
     // Waits in line until those before it have been cut.
     assert_eq!(gateway.ask("/nowhere").status, 404);
+}
+
+#[test]
+fn requests_behind_one_that_waits_are_left_unread() {
+    let nats = NatsServer::start();
+    let launch = Launch::new().flag("--nats", &format!("nats://{}", nats.address()));
+    let mut gateway = launch.with("limits.stall", "500ms").with("nats.publish_timeout", "1s").start();
+    nats.freeze();
+    let mut connection = gateway.connect_narrowly();
+    connection.send_bytes(Request::post("/events/demo").body("x").bytes());
+    let before = gateway.memory_bytes();
+    let mut most = before;
+
+    let requests = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n".repeat(3_000);
+    connection.flood(&requests, || most = most.max(gateway.memory_bytes()));
+
+    nats.thaw();
+    assert!(most - before < 15 << 20, "it costs {} bytes", most - before);
 }
 
 #[test]

@@ -133,7 +133,7 @@ where
 /// # Errors
 /// When the listener can't be used.
 pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
-    let config::Limits { connections, keep_alive, request_head, .. } = *app.limits.borrow();
+    let config::Limits { connections, request_head, .. } = *app.limits.borrow();
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let builder = ServerBuilder::new()
         .workers(workers)
@@ -155,7 +155,8 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
             async move { stopping.notified().await }
         };
         let http = HttpService::build()
-            .keep_alive(KeepAlive::Timeout(keep_alive))
+            // For how long is the connection's to say: actix knows no bound once a byte of a head has come.
+            .keep_alive(KeepAlive::Os)
             .client_request_timeout(request_head)
             // After an early refusal, what still arrives is read for so long: a reset would overtake the answer.
             .client_disconnect_timeout(LINGER)
@@ -167,10 +168,9 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
         fn_service(move |socket: TcpStream| {
             let app = shared.clone();
             async move {
-                let stall = app.limits.borrow().stall;
                 let peer = socket.peer_addr().map_err(DispatchError::Io)?;
                 match app.place_for(peer.ip()) {
-                    Some(place) => Ok((Connection::new(socket, place, stall, app), Some(peer))),
+                    Some(place) => Ok((Connection::new(socket, place, app), Some(peer))),
                     None => Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into())),
                 }
             }

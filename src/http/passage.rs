@@ -1,12 +1,18 @@
 //! What every request gets on its way in, and every answer on its way out: an id, the client's address, and what the
 //! browser is told of other origins (CORS). Streams too: the head of a stream is written by the HTTP server.
 
-use std::{net::IpAddr, rc::Rc, sync::Arc};
+use std::{
+    net::IpAddr,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use actix_web::{
     Error, HttpMessage, HttpRequest,
-    body::BoxBody,
-    dev::{RequestHead, ServiceRequest, ServiceResponse},
+    body::{BodySize, BoxBody, MessageBody},
+    dev::{Payload, RequestHead, ServiceRequest, ServiceResponse},
     http::{
         ConnectionType, Method,
         header::{self, HeaderName, HeaderValue},
@@ -14,10 +20,11 @@ use actix_web::{
     middleware::Next,
     web,
 };
+use bytes::Bytes;
 
 use super::{
     App, LINGER,
-    connection::Slot,
+    connection::{Body, Serving, Slot},
     error::{ApiError, Code},
 };
 use crate::{auth::Principal, config, limits::Caller};
@@ -36,9 +43,15 @@ struct Visit {
 /// Takes a request to its handler, and its answer back.
 pub async fn escort(
     app: web::Data<App>,
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
+    let slot = request.request().conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
+    let serving = slot.clone().serve();
+    match request.take_payload() {
+        Payload::None => {}
+        payload => request.set_payload(Payload::Stream { payload: Box::pin(Body { payload, slot: slot.clone() }) }),
+    }
     let visit = Visit::read(&app, request.request());
     let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
@@ -53,13 +66,33 @@ pub async fn escort(
         }
     };
     if has_endless_rest(&response) {
-        let slot = response.request().conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
         slot.end_after(LINGER).await;
         response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
     }
     app.cors.borrow().mark(origin.as_ref(), response.headers_mut());
     response.headers_mut().insert(REQUEST_ID, id);
-    Ok(response)
+    Ok(match response.response().body().size() {
+        BodySize::Stream => response.map_body(|_, body| BoxBody::new(Streaming { body, _serving: serving })),
+        BodySize::None | BodySize::Sized(_) => response,
+    })
+}
+
+/// A body that is not ready when its head is: its request is answered when it has ended.
+struct Streaming {
+    body: BoxBody,
+    _serving: Serving,
+}
+
+impl MessageBody for Streaming {
+    type Error = <BoxBody as MessageBody>::Error;
+
+    fn size(&self) -> BodySize {
+        self.body.size()
+    }
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Self::Error>>> {
+        Pin::new(&mut self.body).poll_next(cx)
+    }
 }
 
 /// Whether everything behind this request's head is taken for its body, whatever length it says. A proxy that goes by the

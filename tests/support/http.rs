@@ -222,6 +222,13 @@ impl Connection {
         Connection::over(socket)
     }
 
+    /// The answer to one request, on a connection of its own.
+    pub fn ask(address: SocketAddr, request: impl Into<Request>) -> Response {
+        let mut connection = Connection::open(address);
+        connection.send(request);
+        connection.response()
+    }
+
     /// A connection from one of this machine's addresses.
     pub fn open_from(address: SocketAddr, from: std::net::IpAddr) -> Connection {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");

@@ -13,6 +13,7 @@ pub mod browser;
 pub mod chunks;
 pub mod cut;
 pub mod gateway;
+pub mod haproxy;
 pub mod http;
 pub mod nats;
 pub mod nginx;
