@@ -15,6 +15,7 @@
 mod floor;
 mod process;
 mod publishing;
+mod reads;
 mod relay;
 mod swarm;
 mod target;
@@ -36,6 +37,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("storm", || storm(10_000, 10, 100)),
     ("publish", publishing::compare),
     ("stalled", || stalled(1_000, 2_000)),
+    ("reads", || reads::compare(100_000)),
 ];
 
 /// The settings of all gateways but for the number of streams. Heartbeats are not what is measured, and a machine that is

@@ -141,6 +141,14 @@ pub fn move_to(cores: &str) {
     assert!(moved.is_ok_and(|moved| moved.status.success()), "this takes two cores, and taskset (util-linux)");
 }
 
+/// The same for the current thread alone.
+pub fn move_thread_to(cores: &str) {
+    let thread = std::fs::read_link("/proc/thread-self").expect("Linux has it");
+    let thread = thread.file_name().expect("a number").to_string_lossy().into_owned();
+    let moved = Command::new("taskset").args(["-cp", cores, &thread]).output();
+    assert!(moved.is_ok_and(|moved| moved.status.success()), "this takes two cores, and taskset (util-linux)");
+}
+
 /// A nats-server with JetStream and a store of its own.
 pub struct NatsServer {
     process: Process,

@@ -2,9 +2,15 @@
 //!
 //! Bounded as a whole by events, bytes and age, oldest out first, as a JetStream stream is, so that what is missing is
 //! always a prefix; only a sender's TTL removes single events. Every start is a new epoch.
+//!
+//! # The lock
+//! One lock guards the log, and publishing waits for it. So nothing holds it for long, whatever it has to look at: reads
+//! and removals go in steps of [`STEPS_MAX`], and let go of the log, and of their thread, in between. A read that goes on
+//! finds a log that has grown at its end and lost some of its beginning, which is what `first` tells.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    ops::RangeFrom,
     sync::{Arc, Mutex, MutexGuard},
     time::Instant,
 };
@@ -25,8 +31,11 @@ use crate::{
     subject::{Filter, Subject},
 };
 
-/// Events that one read looks at while it holds the log, for a filter with wildcards that few of them match.
+/// Events that one read looks at, for a filter with wildcards that few of them match.
 const SCAN_MAX: usize = 10_000;
+/// Events that are held against a filter, or removed, before the log is let go of: 256 of at most 128 tokens each take
+/// 0.2 ms.
+const STEPS_MAX: usize = 256;
 /// Hints that wait for one listener. One that falls further behind reads what it missed.
 const HINTS_MAX: usize = 1024;
 /// What an event takes beside its payload and subject: the maps' entries and their slack.
@@ -105,30 +114,27 @@ impl Embedded {
 
     /// The log, rid of what has expired by now.
     fn log(&self) -> MutexGuard<'_, Log> {
-        let mut log = self.log.lock().expect(UNPOISONED);
-        log.expire(Instant::now(), Timestamp::now(), &self.limits);
-        log
+        loop {
+            let mut log = self.log.lock().expect(UNPOISONED);
+            let removed = log.trim(Instant::now(), Timestamp::now(), &self.limits);
+            if removed.is_empty() {
+                return log;
+            }
+            // Large payloads take time to free.
+            drop(log);
+        }
     }
 
-    /// As many of `candidates` as fit a page, and, when that is not all of them, the last sequence looked at.
-    fn page_of<'a>(
-        &self,
-        candidates: impl Iterator<Item = &'a Event>,
-        matches: impl Fn(&Event) -> bool,
-    ) -> (Vec<Event>, Option<u64>) {
-        let (mut events, mut bytes, mut scanned, mut last) = (vec![], 0, 0, None);
-        for event in candidates {
-            if events.len() == self.page.page_events || bytes >= self.page.page_bytes || scanned == SCAN_MAX {
-                return (events, last);
+    /// The sequence before the last `count` events that `filter` matches.
+    async fn before_last(&self, filter: &Filter, count: u64) -> u64 {
+        let subject = filter.exact();
+        let mut search = BackwardSearch { before: u64::MAX, left: count };
+        loop {
+            if let Some(found) = self.log().search_back(filter, subject.as_ref(), &mut search) {
+                return found;
             }
-            scanned += 1;
-            last = Some(event.sequence);
-            if matches(event) {
-                bytes += event.payload.len();
-                events.push(event.clone());
-            }
+            tokio::task::yield_now().await;
         }
-        (events, None)
     }
 
     fn store(&self, publication: Publication) -> Result<Published, PublishError> {
@@ -160,7 +166,10 @@ impl Embedded {
         let event = Event { sequence, subject, time, expires, kind, payload };
         log.tell(&event, previous, self.epoch);
         log.append(event);
-        log.evict(&self.limits);
+        if log.is_over(&self.limits) {
+            drop(log);
+            drop(self.log());
+        }
         Ok(published(sequence, false))
     }
 }
@@ -189,39 +198,67 @@ impl Broker for Embedded {
     }
 
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
-        let log = self.log();
         let start = match read.from {
             From::After(sequence) => sequence,
-            From::Time(time) => log.before(time),
-            From::Last(count) => log.before_last(&read.filter, count),
+            From::Time(time) => self.log().before(time),
+            From::Last(count) => self.before_last(&read.filter, count).await,
         };
-        let (events, stopped_at) = match read.filter.exact() {
-            Some(subject) => {
-                let kept =
-                    log.by_subject.get(&subject).into_iter().flat_map(|kept| kept.range(start.saturating_add(1)..));
-                self.page_of(kept.map(|sequence| &log.events[sequence]), |_| true)
+        let subject = read.filter.exact();
+        let mut scan = Scan::after(start);
+        loop {
+            {
+                let log = self.log();
+                let rest = scan.rest();
+                let progress = match &subject {
+                    Some(subject) => {
+                        let kept = log.by_subject.get(subject).into_iter().flat_map(|kept| kept.range(rest.clone()));
+                        scan.step(&self.page, kept.map(|sequence| &log.events[sequence]), |_| Tried::once(true))
+                    }
+                    None => {
+                        let kept = log.events.range(rest).map(|(_, event)| event);
+                        scan.step(&self.page, kept, |event| Tried::once(read.filter.matches(&event.subject)))
+                    }
+                };
+                let end = match progress {
+                    Progress::Paused => None,
+                    Progress::Full => Some((scan.reached, true)),
+                    Progress::AtEnd => Some((log.last.max(start), false)),
+                };
+                if let Some((proven, more)) = end {
+                    let (epoch, first, events) = (self.epoch, log.first, scan.events);
+                    return Ok(Page { epoch, start, first, events, proven, more });
+                }
             }
-            None => {
-                let kept = log.events.range(start.saturating_add(1)..).map(|(_, event)| event);
-                self.page_of(kept, |event| read.filter.matches(&event.subject))
-            }
-        };
-        let proven = stopped_at.unwrap_or(log.last.max(start));
-        Ok(Page { epoch: self.epoch, start, first: log.first, events, proven, more: stopped_at.is_some() })
+            tokio::task::yield_now().await;
+        }
     }
 
     async fn snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
-        let log = self.log();
-        let as_of = read.as_of.unwrap_or(log.last);
-        let is_last = |event: &Event| {
-            let kept = log.by_subject.get(&event.subject);
-            kept.and_then(|kept| kept.range(..=as_of).next_back()) == Some(&event.sequence)
-        };
-        let wanted = |event: &Event| read.filters.iter().any(|filter| filter.matches(&event.subject)) && is_last(event);
-        let kept = log.events.range(read.after.saturating_add(1)..=as_of.max(read.after.saturating_add(1)));
-        let kept = kept.map(|(_, event)| event).filter(|event| event.sequence <= as_of);
-        let (events, stopped_at) = self.page_of(kept, wanted);
-        Ok(SnapshotPage { epoch: self.epoch, as_of, events, reached: stopped_at.unwrap_or(as_of) })
+        let as_of = read.as_of.unwrap_or_else(|| self.log().last);
+        let mut scan = Scan::after(read.after);
+        loop {
+            {
+                let log = self.log();
+                let wanted = |event: &Event| {
+                    if !log.is_last_as_of(as_of, event) {
+                        return Tried::once(false);
+                    }
+                    let tried = read.filters.iter().position(|filter| filter.matches(&event.subject));
+                    Tried { matches: tried.is_some(), times: tried.map_or(read.filters.len(), |tried| tried + 1) }
+                };
+                let kept = log.events.range(scan.rest()).map(|(_, event)| event);
+                let kept = kept.take_while(|event| event.sequence <= as_of);
+                let reached = match scan.step(&self.page, kept, wanted) {
+                    Progress::Paused => None,
+                    Progress::Full => Some(scan.reached),
+                    Progress::AtEnd => Some(as_of),
+                };
+                if let Some(reached) = reached {
+                    return Ok(SnapshotPage { epoch: self.epoch, as_of, events: scan.events, reached });
+                }
+            }
+            tokio::task::yield_now().await;
+        }
     }
 
     async fn last(&self, subjects: &[Subject]) -> Result<Option<LastKnown>, BrokerError> {
@@ -271,18 +308,41 @@ impl Log {
         low - 1
     }
 
-    /// The sequence before the last `count` events that `filter` matches.
-    fn before_last(&self, filter: &Filter, count: u64) -> u64 {
-        let back = usize::try_from(count).unwrap_or(usize::MAX).saturating_sub(1);
-        let first_of_them = match filter.exact() {
-            _ if count == 0 => return self.last,
-            Some(subject) => self.by_subject.get(&subject).and_then(|kept| kept.iter().rev().nth(back).copied()),
+    /// Goes on with a search for the sequence before the last so many events that `filter`, or `subject` if it is exact,
+    /// matches.
+    fn search_back(&self, filter: &Filter, subject: Option<&Subject>, search: &mut BackwardSearch) -> Option<u64> {
+        if search.left == 0 {
+            return Some(self.last);
+        }
+        let range = ..search.before;
+        let mut steps = 0;
+        let mut matched = |sequence: u64, matches: bool| {
+            steps += 1;
+            search.before = sequence;
+            search.left -= u64::from(matches);
+            search.left == 0 || steps == STEPS_MAX
+        };
+        let has_stopped = match subject {
+            Some(subject) => {
+                let kept = self.by_subject.get(subject).into_iter().flat_map(|kept| kept.range(range).rev());
+                kept.copied().any(|sequence| matched(sequence, true))
+            }
             None => {
-                let matching = self.events.values().rev().filter(|event| filter.matches(&event.subject));
-                matching.map(|event| event.sequence).nth(back)
+                let kept = self.events.range(range).rev();
+                kept.map(|(_, event)| event).any(|event| matched(event.sequence, filter.matches(&event.subject)))
             }
         };
-        first_of_them.map_or(self.first - 1, |first| first - 1)
+        match (has_stopped, search.left) {
+            (_, 0) => Some(search.before - 1),
+            (true, _) => None,
+            (false, _) => Some(self.first - 1),
+        }
+    }
+
+    /// Whether this is its subject's last event as of a sequence.
+    fn is_last_as_of(&self, as_of: u64, event: &Event) -> bool {
+        let kept = self.by_subject.get(&event.subject);
+        kept.and_then(|kept| kept.range(..=as_of).next_back()) == Some(&event.sequence)
     }
 
     fn append(&mut self, event: Event) {
@@ -303,8 +363,8 @@ impl Log {
         }
     }
 
-    fn remove(&mut self, sequence: u64) {
-        let Some(event) = self.events.remove(&sequence) else { return };
+    fn remove(&mut self, sequence: u64) -> Option<Event> {
+        let event = self.events.remove(&sequence)?;
         self.bytes -= bytes_of(&event);
         if let Some(at) = event.expires {
             self.expiries.remove(&(at, sequence));
@@ -315,35 +375,212 @@ impl Log {
                 self.by_subject.remove(&event.subject);
             }
         }
+        Some(event)
     }
 
-    /// Drops the oldest events while there are too many, or too many bytes.
-    fn evict(&mut self, limits: &config::Embedded) {
-        while self.events.len() > limits.events || self.bytes > limits.bytes {
-            self.drop_oldest();
-        }
+    fn is_over(&self, limits: &config::Embedded) -> bool {
+        self.events.len() > limits.events || self.bytes > limits.bytes
     }
 
-    fn drop_oldest(&mut self) {
-        let Some((&oldest, _)) = self.events.first_key_value() else { return };
-        self.remove(oldest);
-        self.first = oldest + 1;
+    /// Removes what has expired, the oldest events while there are too many or too many bytes, and keys that are
+    /// forgotten: not all of it at once. Returns what was removed; nothing when nothing is left to remove.
+    fn trim(&mut self, now: Instant, time: Timestamp, limits: &config::Embedded) -> Vec<Removed> {
+        std::iter::from_fn(|| self.trim_one(now, time, limits)).take(STEPS_MAX).collect()
     }
 
-    fn expire(&mut self, now: Instant, time: Timestamp, limits: &config::Embedded) {
-        while let Some(&(_, sequence)) = self.expiries.first().filter(|(at, _)| *at <= time) {
-            self.remove(sequence);
+    fn trim_one(&mut self, now: Instant, time: Timestamp, limits: &config::Embedded) -> Option<Removed> {
+        if let Some(&(_, sequence)) = self.expiries.first().filter(|(at, _)| *at <= time) {
+            return self.remove(sequence).map(Removed::Event);
         }
-        let too_old = |event: &Event| {
-            time.duration_since(event.time) > SignedDuration::try_from(limits.age).unwrap_or(SignedDuration::MAX)
-        };
-        while self.events.first_key_value().is_some_and(|(_, event)| too_old(event)) {
-            self.drop_oldest();
+        if let Some((&oldest, event)) = self.events.first_key_value() {
+            let age = time.duration_since(event.time);
+            if self.is_over(limits) || age > SignedDuration::try_from(limits.age).unwrap_or(SignedDuration::MAX) {
+                self.first = oldest + 1;
+                return self.remove(oldest).map(Removed::Event);
+            }
         }
-        let forgotten = |at: &Instant| now.duration_since(*at) > limits.duplicate_window;
-        while self.keys_by_age.front().is_some_and(|(at, _)| forgotten(at)) || self.keys_by_age.len() > limits.events {
-            let (_, key) = self.keys_by_age.pop_front().expect("it is not empty");
+        let is_forgotten = |(at, _): &(Instant, _)| now.duration_since(*at) > limits.duplicate_window;
+        if self.keys_by_age.front().is_some_and(is_forgotten) || self.keys_by_age.len() > limits.events {
+            let (_, key) = self.keys_by_age.pop_front()?;
             self.keys.remove(&key);
+            return Some(Removed::Key);
         }
+        None
+    }
+}
+
+/// What was removed from the log, to be dropped when nobody waits for it.
+enum Removed {
+    Event(#[expect(dead_code, reason = "kept for its drop")] Event),
+    Key,
+}
+
+/// A search for the last events that match, between its steps.
+struct BackwardSearch {
+    /// Everything from here on has been looked at.
+    before: u64,
+    /// So many are still to be found.
+    left: u64,
+}
+
+/// A read of a page, between its steps.
+struct Scan {
+    events: Vec<Event>,
+    bytes: usize,
+    scanned: usize,
+    /// The last sequence that was looked at.
+    reached: u64,
+}
+
+/// How far a step of a scan came.
+enum Progress {
+    /// As far as one step goes.
+    Paused,
+    /// To the end of the page.
+    Full,
+    /// To the end of the log.
+    AtEnd,
+}
+
+/// Whether an event is wanted, and how many filters it was held against.
+struct Tried {
+    matches: bool,
+    times: usize,
+}
+
+impl Tried {
+    fn once(matches: bool) -> Tried {
+        Tried { matches, times: 1 }
+    }
+}
+
+impl Scan {
+    fn after(start: u64) -> Scan {
+        Scan { events: vec![], bytes: 0, scanned: 0, reached: start }
+    }
+
+    /// The sequences that have not been looked at.
+    fn rest(&self) -> RangeFrom<u64> {
+        self.reached.saturating_add(1)..
+    }
+
+    /// Goes on with what there is of the rest.
+    fn step<'a>(
+        &mut self,
+        page: &config::History,
+        rest: impl Iterator<Item = &'a Event>,
+        mut wanted: impl FnMut(&Event) -> Tried,
+    ) -> Progress {
+        let mut steps = 0;
+        for event in rest {
+            if self.events.len() == page.page_events || self.bytes >= page.page_bytes || self.scanned == SCAN_MAX {
+                return Progress::Full;
+            }
+            if steps >= STEPS_MAX {
+                return Progress::Paused;
+            }
+            let tried = wanted(event);
+            steps += tried.times;
+            self.scanned += 1;
+            self.reached = event.sequence;
+            if tried.matches {
+                self.bytes += event.payload.len();
+                self.events.push(event.clone());
+            }
+        }
+        Progress::AtEnd
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        pin::pin,
+        task::{Context, Poll, Waker},
+    };
+
+    use super::*;
+    use crate::config::Config;
+
+    fn broker() -> Embedded {
+        let Config { embedded, history, .. } = Config::load(None, vec![]).unwrap();
+        Embedded::new(&embedded, &history)
+    }
+
+    fn store(broker: &Embedded, subject: &str) {
+        let subject = Subject::stored(subject);
+        let event = Publication { subject, kind: None, payload: "x".into(), ttl: None, key: None, condition: None };
+        broker.store(event).unwrap();
+    }
+
+    /// How often a future lets go of its thread, each time with the log free, and what it yields.
+    fn steps<T>(future: impl Future<Output = T>, mut meanwhile: impl FnMut()) -> (usize, T) {
+        let mut future = pin!(future);
+        let mut steps = 0;
+        loop {
+            if let Poll::Ready(done) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                return (steps, done);
+            }
+            steps += 1;
+            meanwhile();
+        }
+    }
+
+    #[test]
+    fn publishing_goes_on_while_a_read_looks_for_what_is_rare() {
+        let broker = broker();
+        store(&broker, "rare");
+        (0..20_000).for_each(|number| store(&broker, &format!("orders.{}", number % 100)));
+        let filter = |text: &str| Filter::parse(text).unwrap();
+        for (from, until) in [(From::Last(5), 20_000), (From::After(0), SCAN_MAX)] {
+            let read = Read { filter: filter("*.rare"), from, until: 0 };
+            let (steps, page) = steps(broker.read(read), || store(&broker, "other"));
+            assert!(steps >= until / STEPS_MAX, "{from:?}: {steps}");
+            assert!(page.unwrap().events.is_empty());
+        }
+        let filters: Vec<_> = (0..64).map(|number| filter(&format!("rare.{number}.*"))).collect();
+        let read = SnapshotRead { filters, after: 0, as_of: None };
+        let (steps, page) = steps(broker.snapshot(read), || store(&broker, "other"));
+        assert!(steps >= 100 * 64 / STEPS_MAX, "{steps}");
+        assert!(page.unwrap().events.is_empty());
+    }
+
+    #[test]
+    fn a_read_in_steps_finds_what_one_at_once_does() {
+        let broker = broker();
+        (0..5_000).for_each(|number| store(&broker, &format!("orders.{}", number % 50)));
+        for (text, count, expected) in [
+            ("orders.7", 3, vec![4858, 4908, 4958]),
+            ("*.7", 3, vec![4858, 4908, 4958]),
+            ("*.7", 0, vec![]),
+            (">", 2, vec![4999, 5000]),
+        ] {
+            let read = Read { filter: Filter::parse(text).unwrap(), from: From::Last(count), until: 0 };
+            let page = steps(broker.read(read), || ()).1.unwrap();
+            let found: Vec<_> = page.events.iter().map(|event| event.sequence).collect();
+            assert_eq!((found, page.proven, page.more), (expected, 5000, false), "{text}");
+        }
+        let read = Read { filter: Filter::parse("*.7").unwrap(), from: From::Last(1_000), until: 0 };
+        let page = steps(broker.read(read), || ()).1.unwrap();
+        assert_eq!((page.start, page.events.len()), (0, 100), "there are no more");
+    }
+
+    #[test]
+    fn publishing_goes_on_while_much_expires_at_once() {
+        let broker = broker();
+        (0..1_000).for_each(|_| store(&broker, "a"));
+        let tomorrow = Timestamp::now() + SignedDuration::from_hours(25);
+        let mut log = broker.log.lock().unwrap();
+        let mut removed = 0;
+        loop {
+            let now = log.trim(Instant::now(), tomorrow, &broker.limits).len();
+            removed += now;
+            assert!(now <= STEPS_MAX);
+            if now == 0 {
+                break;
+            }
+        }
+        assert_eq!((removed, log.first, log.last, log.bytes), (1_000, 1001, 1000, 0));
+        assert!(log.by_subject.is_empty());
     }
 }
