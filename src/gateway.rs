@@ -206,7 +206,7 @@ impl Gateway {
     /// When it can't be used. Nothing has changed then.
     pub async fn reload(&self, config: &Config) -> Result<(), StartError> {
         let auth = Auth::start(&config.auth, self.config.listen, self.metrics.clone(), &self.auth_tasks).await?;
-        self.auth.replace(&auth);
+        self.auth.replace(&auth, &config.auth)?;
         self.cors.send_replace(cors(config, &auth));
         self.shares.replace(&config.limits);
         // How large an event may be was agreed with the broker.
@@ -214,6 +214,11 @@ impl Gateway {
             *limits = config::Limits { event_bytes: limits.event_bytes, ..config.limits.clone() };
         });
         Ok(())
+    }
+
+    /// One line for people about who is let in now.
+    pub fn access(&self) -> String {
+        self.auth.describe()
     }
 
     /// Says that it is not ready and waits for `drain.notice`. Then takes no more connections (so that a proxy tries the

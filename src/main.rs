@@ -168,7 +168,7 @@ fn show_config(settings: &Settings) -> Result<ExitCode, Failure> {
 }
 
 fn check(settings: &Settings) -> Result<ExitCode, Failure> {
-    let mut config = settings.read()?.config()?;
+    let mut config = settings.read()?.config_to_serve()?;
     let _log = Log::start(&config.log, NOISE_OFF)?;
     println!("settings: they can be used");
     match descriptors::provide(&mut config.limits) {
@@ -182,7 +182,7 @@ fn check(settings: &Settings) -> Result<ExitCode, Failure> {
 
 fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let sources = settings.read()?;
-    let mut config = sources.config()?;
+    let mut config = sources.config_to_serve()?;
     let log = Log::start(&config.log, NOISE_OFF)?;
     provide_files(&mut config);
     runtime()?.block_on(run(config, Reloading { settings, began_with: sources, log }))
@@ -268,14 +268,14 @@ impl Reloading {
     /// Takes over what may change. If anything is wrong, nothing does.
     async fn reload(&self, gateway: &Gateway) {
         match self.try_reload(gateway).await {
-            Ok(()) => tracing::info!("the settings were read again"),
+            Ok(()) => tracing::info!(access = gateway.access(), "the settings were read again"),
             Err(Failure(_, error)) => tracing::error!("the settings stay as they are: {error}"),
         }
     }
 
     async fn try_reload(&self, gateway: &Gateway) -> Result<(), Failure> {
-        let sources = self.settings.read()?;
-        let mut config = sources.config()?;
+        let sources = self.settings.read_settled().await?;
+        let mut config = sources.config_to_serve()?;
         let selection = self.log.select(&config.log.filter)?;
         provide_files(&mut config);
         gateway.reload(&config).await?;
@@ -300,7 +300,25 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     runtime.map_err(|error| Failure(Exit::System, error.into()))
 }
 
+/// How long a file of settings stays as it is that nobody is writing, and how often that is looked at.
+const SETTLED: Duration = Duration::from_millis(250);
+const SETTLED_TRIES: usize = 40;
+
 impl Settings {
+    /// Reads a file that may just have been changed: not before it has stopped changing.
+    async fn read_settled(&self) -> Result<Sources, ConfigError> {
+        let text = || self.config.as_ref().map(std::fs::read).transpose().ok();
+        for _ in 0..SETTLED_TRIES {
+            let before = text();
+            tokio::time::sleep(SETTLED).await;
+            let sources = self.read();
+            if before == text() {
+                return sources;
+            }
+        }
+        Err(ConfigError::Rule("the file of settings does not stop changing".into()))
+    }
+
     fn read(&self) -> Result<Sources, ConfigError> {
         let named = [("listen", &self.listen), ("admin_listen", &self.admin_listen), ("nats.url", &self.nats)];
         let named = named.into_iter().filter_map(|(key, value)| Some((key, value.clone()?)));

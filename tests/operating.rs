@@ -248,6 +248,68 @@ fn a_hangup_takes_new_keys_and_no_stream_notices() {
 }
 
 #[test]
+fn a_file_that_lost_its_auth_opens_nothing_at_a_reload() {
+    let closed = "[auth.anonymous]\nsubscribe = ['public.>']\n";
+    let status = |gateway: &Gateway| gateway.ask(Request::post("/events/private").body("x")).status;
+    for text in ["", "\n# [auth]\n", "[limits]\nstreams = 77\n", "[auth]\nmode = 'auto'\n"] {
+        let file = File::with(closed);
+        let mut gateway = file.launch().start();
+        file.write(text);
+        gateway.hang_up();
+        // What was handed over before the end is judged before it.
+        gateway.terminate();
+        let log = gateway.log();
+        assert!(log.contains("the settings stay as they are") && log.contains("does not say who is let in"), "{log}");
+        assert!(!log.contains("the settings were read again"), "{log}");
+    }
+    let file = File::with(closed);
+    let mut gateway = file.launch().start();
+    assert_eq!(status(&gateway), 401);
+    file.write("[auth]\nmode = 'local'\n");
+    gateway.hang_up();
+    wait_until(|| status(&gateway) == 201);
+}
+
+#[test]
+fn a_file_that_lost_its_auth_opens_nothing_at_a_start() {
+    for text in ["", "[sse]\nheartbeat = '5s'\n"] {
+        let file = File::with(text);
+        ends(file.launch(), 78, &[file.path(), "does not say who is let in", "auth.mode = \"local\""]);
+        ends(Launch::new().environment("TIDEGATE_CONFIG", file.path()), 78, &["does not say who is let in"]);
+        ends(file.launch().command("check"), 78, &["does not say who is let in"]);
+        assert_eq!(file.launch().command("config").run().code, Some(0), "it can still be looked at");
+        assert_eq!(file.launch().with("auth.mode", "local").start().ask("/nowhere").status, 404);
+    }
+}
+
+#[test]
+fn a_reload_does_not_take_half_a_file() {
+    let keys = |count: usize| {
+        let key = |number: usize| {
+            let hash = format!("sha256:{number:064x}");
+            format!("[[auth.keys]]\nname = 'key-{number}'\nhash = '{hash}'\npublish = ['a.>']\n")
+        };
+        format!("[limits]\nstreams = {count}\n{}", (0..count).map(key).collect::<String>())
+    };
+    let file = File::with(&keys(1));
+    let mut gateway = file.launch().with("log.filter", "debug").start();
+    // As a slow editor writes it, with a signal in between. Each piece but the last is a file of settings, too.
+    let text = keys(40);
+    let mut written = String::new();
+    for piece in text.split_inclusive("publish = ['a.>']\n") {
+        written += piece;
+        file.write(&written);
+        gateway.hang_up();
+    }
+    gateway.wait_for_metric("tidegate_streams_limit", 40.0);
+    gateway.terminate();
+    let log = gateway.log();
+    let read: Vec<_> = log.lines().filter(|line| line.contains("API keys")).collect();
+    assert!(read.iter().all(|line| line.contains(", 40 API keys")), "{log}");
+    assert!(!read.is_empty(), "{log}");
+}
+
+#[test]
 fn a_node_that_leaves_serves_everything_until_it_has_been_noticed() {
     let mut gateway = Launch::new().with("drain.notice", "2s").with("drain.spread", "1ms").start();
     let mut before = gateway.stream("/events/demo");

@@ -64,6 +64,11 @@ pub enum StartError {
          people in\" in the README), or auth.mode = \"open\" if everybody who reaches it may do everything"
     )]
     OpenToAll(SocketAddr),
+    #[error(
+        "nothing says any more who is let in (auth), and a gateway that asks for tokens or keys does not open by that: \
+             set auth.mode = \"open\" or \"local\", or start it anew"
+    )]
+    WouldOpen,
     #[error("auth.keys: {0:?}: {1}")]
     ApiKey(String, &'static str),
     #[error("auth.policy: {0:?}: {1}")]
@@ -103,8 +108,8 @@ impl Auth {
         let openness = match config.mode {
             AuthMode::Open => Openness::Open,
             AuthMode::Auto if config.is_configured() => Openness::Closed,
-            AuthMode::Auto if listen.ip().to_canonical().is_loopback() => Openness::Local,
-            AuthMode::Auto => return Err(StartError::OpenToAll(listen)),
+            AuthMode::Auto | AuthMode::Local if listen.ip().to_canonical().is_loopback() => Openness::Local,
+            AuthMode::Auto | AuthMode::Local => return Err(StartError::OpenToAll(listen)),
         };
         let anonymous = match openness {
             Openness::Closed => Principal::anonymous(config.anonymous.clone()),
@@ -124,9 +129,17 @@ impl Auth {
         })))))
     }
 
-    /// From now on says what `other` says. What is being looked at now goes by the old word, to its end.
-    pub fn replace(&self, other: &Auth) {
+    /// From now on says what `other` says, which was started with `config`. What is being looked at now goes by the old
+    /// word, to its end.
+    ///
+    /// # Errors
+    /// When that would open a gateway without saying so. It stays as it is.
+    pub fn replace(&self, other: &Auth, config: &config::Auth) -> Result<(), StartError> {
+        if !self.is_open() && other.is_open() && config.mode == AuthMode::Auto {
+            return Err(StartError::WouldOpen);
+        }
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = other.now();
+        Ok(())
     }
 
     fn now(&self) -> Arc<Shared> {

@@ -29,6 +29,8 @@ pub struct Auth {
 pub enum AuthMode {
     /// As long as nothing else is configured, and on this machine only.
     Auto,
+    /// Yes, on this machine only.
+    Local,
     /// Yes, everywhere.
     Open,
 }
@@ -105,9 +107,21 @@ impl Auth {
         self.jwt.is_configured() || !self.keys.is_empty() || self.anonymous != Rights::default()
     }
 
+    /// Whether nothing is said of who is let in, not even that everybody is.
+    pub(super) fn is_silent(&self) -> bool {
+        self.mode == AuthMode::Auto && !self.is_configured()
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        if self.mode == AuthMode::Open && self.is_configured() {
-            return rule("auth.mode is \"open\", which lets everybody do everything, but more of auth is set".into());
+        let mode = match self.mode {
+            AuthMode::Auto => None,
+            AuthMode::Local => Some("local"),
+            AuthMode::Open => Some("open"),
+        };
+        if let (Some(mode), true) = (mode, self.is_configured()) {
+            return rule(format!(
+                "auth.mode is {mode:?}, which asks nobody for a token or key, but more of auth is set"
+            ));
         }
         let has_policy = !self.policy.subscribe.is_empty() || !self.policy.publish.is_empty();
         if has_policy && !self.jwt.is_configured() {

@@ -11,7 +11,7 @@ use figment::{
 use serde::Serialize;
 use toml_edit::{ImDocument, ser::ValueSerializer};
 
-use super::{Config, ConfigError, DEFAULTS};
+use super::{Config, ConfigError, DEFAULTS, rule};
 
 const PREFIX: &str = "TIDEGATE_";
 static DEFAULT_SETTINGS: LazyLock<Dict> = LazyLock::new(|| Toml::from_str(DEFAULTS).expect("the defaults are tested"));
@@ -71,6 +71,26 @@ impl Sources {
         let merged = self.0.iter().fold(Figment::new(), |merged, source| merged.merge(source));
         let config: Config = merged.extract().map_err(|error| self.wrong_value(&error))?;
         config.check()
+    }
+
+    /// The settings that are in force, to serve with. A file is not left out by mistake where it is named, but what it
+    /// says of `auth` may be: an empty file must not open what was closed.
+    ///
+    /// # Errors
+    /// As [`Sources::config`], and when there is a file, and nothing says who is let in.
+    pub fn config_to_serve(&self) -> Result<Config, ConfigError> {
+        let config = self.config()?;
+        let file = self.0.iter().find_map(|source| match &source.origin {
+            Origin::File { name, .. } => Some(name),
+            Origin::Defaults | Origin::Environment | Origin::Flags => None,
+        });
+        match file {
+            Some(name) if config.auth.is_silent() => rule(format!(
+                "{name} does not say who is let in (auth): set auth.mode = \"local\" to let in everybody on this machine, or \
+                 \"open\" to let in everybody who reaches it"
+            )),
+            Some(_) | None => Ok(config),
+        }
     }
 
     /// The settings that are other ones in `other`.
