@@ -38,6 +38,7 @@ struct Shared {
 /// What may change while places are taken.
 struct Rules {
     attempts: Option<Rate>,
+    bad_credentials: Option<Rate>,
     publishes: Option<Rate>,
     publish_bytes: Option<Rate>,
     address_streams: usize,
@@ -114,6 +115,27 @@ impl Limits {
         check(self.rules().attempts.as_ref(), address.map(|address| Key::Network(Network::of(address))), 1)
     }
 
+    /// Whether a credential from this address is worth looking at. Counts nothing.
+    ///
+    /// # Errors
+    /// When too many bad ones have come from there of late.
+    pub fn credential(&self, address: Option<IpAddr>) -> Result<(), Wait> {
+        match (&self.rules().bad_credentials, address) {
+            (Some(rate), Some(address)) => rate.allows(&Key::Network(Network::of(address))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts a bad credential. It is an attempt, too.
+    pub fn bad_credential(&self, address: Option<IpAddr>) {
+        let key = address.map(|address| Key::Network(Network::of(address)));
+        let rules = self.rules();
+        for rate in [&rules.attempts, &rules.bad_credentials] {
+            // Whether it is one too many is for the next request to find.
+            let _ = check(rate.as_ref(), key, 1);
+        }
+    }
+
     /// Counts an event that is to be published.
     ///
     /// # Errors
@@ -159,6 +181,7 @@ impl Rules {
         let rate = |rate, burst| Some(Rate::new(NonZeroU32::new(rate)?, NonZeroU32::new(burst)?, config.tracked));
         Arc::new(Rules {
             attempts: rate(config.address_attempts, config.address_attempts_burst),
+            bad_credentials: rate(config.address_attempts, config.address_attempts_burst),
             publishes: rate(config.publishes, config.publishes_burst),
             publish_bytes: rate(config.publish_bytes, config.publish_bytes_burst),
             address_streams: config.address_streams,

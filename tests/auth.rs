@@ -129,6 +129,8 @@ fn a_bad_token_is_refused_and_never_counts_as_none() {
             ("not yet", hs256(but("nbf", json!(now() + 600)))),
             ("nbf is nonsense", hs256(but("nbf", json!("soon")))),
             ("issued too long before its end", hs256(but("iat", json!(now() - 7200)))),
+            ("issued in the future", hs256(but("iat", json!(now() + 60)))),
+            ("iat is nonsense", hs256(but("iat", json!("soon")))),
             ("another issuer", hs256(but("iss", json!("them")))),
             ("a list of other issuers", hs256(but("iss", json!(["them"])))),
             ("an issuer that is a number", hs256(but("iss", json!(7)))),
@@ -167,6 +169,9 @@ fn a_bad_token_is_refused_and_never_counts_as_none() {
             ("too many filters", hs256(subscribe(json!(["a", "b", "c", "d"])))),
             ("a claim that is mistyped", hs256(but("tidegate", json!({"subscibe": [">"]})))),
             ("a claim that is a list", hs256(but("tidegate", json!([">"])))),
+            ("a claim that is a list of lists", hs256(but("tidegate", json!([[">"], [">"]])))),
+            ("a claim that is null", hs256(but("tidegate", Value::Null))),
+            ("a claim that is a text", hs256(but("tidegate", json!(">")))),
             ("too long", hs256(but("x", json!("x".repeat(4000))))),
             ("nothing", String::new()),
             ("nonsense", "x".into()),
@@ -192,6 +197,86 @@ fn a_bad_token_is_refused_and_never_counts_as_none() {
             assert_eq!((answer.status, code(&answer)), (401, "invalid_token".into()), "{what}, in a cookie");
         }
     }
+}
+
+#[test]
+fn a_token_for_any_audience_is_for_another_where_none_is_set() {
+    let gateway = with_secret().start();
+    let with = |aud: Option<Value>| {
+        let mut claims = json!({ "sub": "ann", "tidegate": { "subscribe": ["demo"] } });
+        aud.into_iter().for_each(|aud| claims["aud"] = aud);
+        get("/events/demo").bearer(&token(claims))
+    };
+    assert_eq!(ask(&gateway, with(None)).0, 200);
+    for aud in [json!("them"), json!(["them"]), json!([]), json!(7), json!({"them": true}), json!(true), Value::Null] {
+        assert_eq!(ask(&gateway, with(Some(aud.clone()))), (401, "invalid_token".into()), "{aud}");
+    }
+}
+
+#[test]
+fn a_token_that_names_no_key_is_tried_with_few() {
+    let pairs: Vec<_> = (0..5).map(|_| KeyPair::make(Algorithm::ES256)).collect();
+    let file = std::env::temp_dir().join(format!("tidegate-many-keys-{}.json", std::process::id()));
+    let keys: Vec<_> = (0..).zip(&pairs).map(|(number, pair)| pair.jwk(&format!("key-{number}"))).collect();
+    let start = |keys: &[Value]| {
+        fs::write(&file, json!({ "keys": keys }).to_string()).unwrap();
+        Launch::new().with("auth.jwt.jwks_file", file.to_str().unwrap()).start()
+    };
+    let few = start(&keys[..4]);
+    for (number, pair) in (0..4).zip(&pairs) {
+        assert_eq!(ask(&few, get("/events/demo").bearer(&pair.token(None))).0, 200, "{number}");
+    }
+    let many = start(&keys);
+    let refused = many.ask(get("/events/demo").bearer(&pairs[0].token(None)));
+    assert!(refused.status == 401 && refused.text().contains("have its issuer name the key (kid)"), "{refused:?}");
+    for (number, pair) in (0..5).zip(&pairs) {
+        assert_eq!(ask(&many, get("/events/demo").bearer(&pair.token(Some(&format!("key-{number}"))))).0, 200);
+        let others = pair.token(Some(&format!("key-{}", (number + 1) % 5)));
+        assert_eq!(ask(&many, get("/events/demo").bearer(&others)).0, 401);
+    }
+    fs::remove_file(file).unwrap();
+}
+
+#[test]
+fn bad_tokens_that_would_publish_are_attempts() {
+    let gateway =
+        with_secret().with("limits.address_attempts", "1").with("limits.address_attempts_burst", "10").start();
+    let good = token(json!({ "sub": "ann", "tidegate": { "publish": ["demo"] } }));
+    let from = |address: &str, token: &str| post("/events/demo").bearer(token).header("X-Forwarded-For", address);
+    // Good ones are not.
+    for _ in 0..30 {
+        assert_eq!(ask(&gateway, from("192.0.2.1", &good)).0, 201);
+    }
+    let refused = || ask(&gateway, from("192.0.2.1", &format!("{good}x"))).1;
+    assert_eq!(refused(), "invalid_token");
+    let deadline = Instant::now() + PATIENCE;
+    while refused() != "too_many_attempts" {
+        assert!(Instant::now() < deadline, "they are looked at for ever");
+    }
+    assert_eq!(ask(&gateway, from("192.0.2.2", &good)).0, 201, "another address is another matter");
+}
+
+#[test]
+fn bearers_without_a_name_are_not_one_principal() {
+    let gateway = with_secret().with("limits.principal_streams", "1").start();
+    let bearer = |sub: Option<Value>, note: &str| {
+        let mut claims = json!({ "note": note, "tidegate": { "subscribe": ["demo"] } });
+        sub.into_iter().for_each(|sub| claims["sub"] = sub);
+        get("/events/demo").bearer(&token(claims))
+    };
+    let (one, two) = (bearer(None, "one"), bearer(None, "two"));
+    let others = [json!(""), json!(7), json!(8), json!("ann")].map(|sub| bearer(Some(sub), "x"));
+    let mut open = vec![];
+    for request in [&one, &two].into_iter().chain(&others) {
+        open.push(gateway.stream(request.clone()));
+        assert_eq!(ask(&gateway, request.clone()), (429, "too_many_streams_of_principal".into()), "{request:?}");
+    }
+    assert_eq!(ask(&gateway, bearer(Some(json!("7")), "y")).0, 429, "a number is its text");
+    let seen = gateway.ask_admin("/debug/streams").json();
+    let names: Vec<_> =
+        seen["streams"].as_array().unwrap().iter().map(|stream| stream["principal"].to_string()).collect();
+    assert!(names[0].starts_with("\"token:") && names[0] != names[1], "{names:?}");
+    assert!(names.contains(&"\"sub:7\"".to_owned()), "{names:?}");
 }
 
 fn code(answer: &Response) -> String {

@@ -59,6 +59,11 @@ impl Key {
         }
     }
 
+    /// Whether the token names this very key by its `kid`.
+    pub(super) fn is_named_by(&self, header: &Header) -> bool {
+        self.id.is_some() && self.id == header.kid
+    }
+
     fn new(id: Option<String>, decoding: DecodingKey, algorithms: Vec<Algorithm>, rules: &Validation) -> Option<Key> {
         // An error here is not a wrong signature, but a key that could never verify one.
         let try_out = |algorithm: &Algorithm| crypto::verify("", b"", &decoding, *algorithm).is_ok();

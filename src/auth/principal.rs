@@ -22,7 +22,7 @@ pub struct Principal {
 enum Who {
     Anonymous,
     ApiKey(Arc<str>),
-    /// The bearer of a token, by its `sub`.
+    /// The bearer of a token, by `sub:` and its `sub`, or else `token:` and its hash.
     Bearer(Arc<str>),
 }
 
@@ -51,8 +51,8 @@ impl Principal {
         Principal { who, rights, expires: None, carrier: Some(carrier) }
     }
 
-    pub(super) fn of_token(sub: &str, rights: Rights, expires: Timestamp, carrier: Carrier) -> Principal {
-        let (who, rights) = (Who::Bearer(sub.into()), Arc::new(rights));
+    pub(super) fn of_token(name: &str, rights: Rights, expires: Timestamp, carrier: Carrier) -> Principal {
+        let (who, rights) = (Who::Bearer(name.into()), Arc::new(rights));
         Principal { who, rights, expires: Some(expires), carrier: Some(carrier) }
     }
 
@@ -73,13 +73,13 @@ impl Principal {
         matches!(self.who, Who::Anonymous)
     }
 
-    /// Tells principals apart: `key:` and the key's name, `sub:` and the token's `sub`, or "" for everybody else. Partly
-    /// written by others: for limits and logs, not for headers or metrics.
+    /// Tells principals apart: `key:` and the key's name, `sub:` and the token's `sub`, `token:` and the hash of a token
+    /// without one, or "" for everybody else. Partly written by others: for limits and logs, not for headers or metrics.
     pub fn name(&self) -> String {
         match &self.who {
             Who::Anonymous => String::new(),
             Who::ApiKey(name) => format!("key:{name}"),
-            Who::Bearer(sub) => format!("sub:{sub}"),
+            Who::Bearer(name) => name.to_string(),
         }
     }
 

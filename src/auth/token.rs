@@ -8,6 +8,7 @@ use jsonwebtoken::{
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{
     Carrier, Principal, Refusal, StartError,
@@ -24,6 +25,13 @@ use crate::{
 
 type Claims = Map<String, Value>;
 
+/// Keys that a token without a `kid` is tried with.
+const KEYS_TRIED_MAX: usize = 4;
+/// A token may be issued so long from now, whatever `auth.jwt.leeway` says: clocks are never quite the same.
+const CLOCKS_APART: Duration = Duration::from_secs(10);
+/// 64 bits tell the tokens of one day apart.
+const TOKEN_HASH_DIGITS: usize = 16;
+
 /// Verifies tokens.
 pub(super) struct Tokens {
     keys: Vec<Key>,
@@ -34,6 +42,7 @@ pub(super) struct Tokens {
     filters_max: usize,
     leeway: Duration,
     lifetime: Duration,
+    takes_audience: bool,
 }
 
 impl Tokens {
@@ -61,6 +70,7 @@ impl Tokens {
             filters_max: config.filters,
             leeway: jwt.leeway,
             lifetime: jwt.lifetime,
+            takes_audience: !jwt.audience.is_empty(),
         })
     }
 
@@ -75,27 +85,29 @@ impl Tokens {
         }
         let claims = self.claims(token, &header).await?;
         let expires = self.check_times(&claims)?;
+        if !self.takes_audience && claims.contains_key("aud") {
+            return Err(invalid("the token is for another audience (aud)"));
+        }
         let rights = self.rights(&claims)?;
-        let sub = claims.get("sub").and_then(Value::as_str).unwrap_or_default();
-        Ok(Principal::of_token(sub, rights, expires, carrier))
+        Ok(Principal::of_token(&name(token, &claims), rights, expires, carrier))
     }
 
     async fn claims(&self, token: &str, header: &Header) -> Result<Claims, Refusal> {
-        let ours = try_keys(&self.keys, token, header);
-        let (Err(_), Some(remote)) = (&ours, &self.remote) else { return ours };
-        if header.alg.family() == AlgorithmFamily::Hmac {
-            // There are no secrets among published keys.
-            return ours;
-        }
+        // There are no secrets among published keys.
+        let remote = self.remote.as_ref().filter(|_| header.alg.family() != AlgorithmFamily::Hmac);
+        let Some(remote) = remote else { return try_keys(&candidates(&self.keys, &[], header)?, token, header) };
+        let known = remote.known();
+        let tried = try_keys(&candidates(&self.keys, &known.keys, header)?, token, header);
         let is_known = |known: &Known| known.keys.iter().any(|key| key.has_id_of(header));
-        let mut known = remote.known();
-        if !is_known(&known) {
-            known = remote.refreshed().await;
+        let is_named = self.keys.iter().any(|key| key.is_named_by(header));
+        if tried.is_ok() || is_named || is_known(&known) {
+            return tried;
         }
+        let known = remote.refreshed().await;
         match is_known(&known) {
-            true => try_keys(&known.keys, token, header),
+            true => try_keys(&candidates(&[], &known.keys, header)?, token, header),
             false if known.failed => Err(Refusal::KeysAway),
-            false => ours,
+            false => tried,
         }
     }
 
@@ -112,7 +124,12 @@ impl Tokens {
             return Err(invalid("the token has expired"));
         }
         let too_long = |from: i64| expires > longest(from).saturating_add_unsigned(leeway);
-        if too_long(now) || claims.get("iat").and_then(Value::as_f64).is_some_and(|iat| too_long(iat as i64)) {
+        let issued = claims.get("iat").map(|iat| iat.as_f64().ok_or_else(|| invalid("the token's iat is no time")));
+        let issued = issued.transpose()?.map_or(now, |iat| iat as i64);
+        if issued > now.saturating_add_unsigned(leeway.max(CLOCKS_APART.as_secs())) {
+            return Err(invalid("the token is issued in the future (iat)"));
+        }
+        if too_long(now) || too_long(issued) {
             return Err(invalid("the token lives too long"));
         }
         Timestamp::from_second(ends).map_err(|_| not_whole("exp"))
@@ -128,7 +145,8 @@ impl Tokens {
         }
         let named = match claims.get("tidegate") {
             None => Named::default(),
-            Some(claim) => Named::deserialize(claim).map_err(|_| {
+            // A list would be taken for the fields in their order.
+            Some(claim) => claim.as_object().and_then(|claim| Named::deserialize(claim).ok()).ok_or_else(|| {
                 invalid(r#"the token's claim "tidegate" is {"subscribe": [filters], "publish": [filters]}"#)
             })?,
         };
@@ -163,8 +181,27 @@ fn rules(config: &config::Jwt) -> Validation {
     rules
 }
 
+/// The keys, of those configured and those that a URL has, that may have signed a token: the one that its `kid` names, or
+/// else those that could have.
+///
+/// # Errors
+/// When these are too many to try: a signature takes 50 us to verify, and anybody may send a token.
+fn candidates<'a>(configured: &'a [Key], published: &'a [Key], header: &Header) -> Result<Vec<&'a Key>, Refusal> {
+    let fitting: Vec<_> = configured.iter().chain(published).filter(|key| key.fits(header)).collect();
+    if let Some(named) = fitting.iter().find(|key| key.is_named_by(header)) {
+        return Ok(vec![named]);
+    }
+    if fitting.len() > KEYS_TRIED_MAX {
+        return Err(invalid(
+            "the token names no key, and too many could have signed it: have its issuer name the key (kid) in the \
+             token's header",
+        ));
+    }
+    Ok(fitting)
+}
+
 /// The claims of a token that one of `keys` has signed.
-fn try_keys(keys: &[Key], token: &str, header: &Header) -> Result<Claims, Refusal> {
+fn try_keys(keys: &[&Key], token: &str, header: &Header) -> Result<Claims, Refusal> {
     let mut refusal = invalid("no key of this gateway verifies the token");
     for key in keys.iter().filter(|key| key.fits(header)) {
         match decode(token, &key.decoding, &key.validation) {
@@ -174,6 +211,19 @@ fn try_keys(keys: &[Key], token: &str, header: &Header) -> Result<Claims, Refusa
         }
     }
     Err(refusal)
+}
+
+/// What tells the bearers of tokens apart: `sub:` and the `sub`, a number as its text; where there is none, the token
+/// stands for itself.
+fn name(token: &str, claims: &Claims) -> String {
+    match claims.get("sub") {
+        Some(Value::String(sub)) if !sub.is_empty() => format!("sub:{sub}"),
+        Some(Value::Number(number)) => format!("sub:{number}"),
+        _ => {
+            let hash: String = Sha256::digest(token).iter().map(|byte| format!("{byte:02x}")).collect();
+            format!("token:{}", &hash[..TOKEN_HASH_DIGITS])
+        }
+    }
 }
 
 /// What is wrong with a token, without any of it: errors of parsers may quote what they parse.
@@ -277,6 +327,7 @@ mod tests {
             filters_max: CONFIG.auth.filters,
             leeway: CONFIG.auth.jwt.leeway,
             lifetime: CONFIG.auth.jwt.lifetime,
+            takes_audience: false,
         });
         TOKENS.verify(token, Carrier::Header).now_or_never().expect("nothing is waited for")
     }

@@ -115,13 +115,11 @@ impl Auth {
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         let mode = match self.mode {
             AuthMode::Auto => None,
-            AuthMode::Local => Some("local"),
-            AuthMode::Open => Some("open"),
+            AuthMode::Local => Some("\"local\", which lets everybody on this machine do everything"),
+            AuthMode::Open => Some("\"open\", which lets everybody do everything"),
         };
         if let (Some(mode), true) = (mode, self.is_configured()) {
-            return rule(format!(
-                "auth.mode is {mode:?}, which asks nobody for a token or key, but more of auth is set"
-            ));
+            return rule(format!("auth.mode is {mode}, but more of auth is set"));
         }
         let has_policy = !self.policy.subscribe.is_empty() || !self.policy.publish.is_empty();
         if has_policy && !self.jwt.is_configured() {

@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use actix_web::{
     HttpRequest,
+    http::Method,
     http::header::{self, HeaderName, HeaderValue},
 };
 
@@ -17,7 +18,7 @@ use super::{
     query::Query,
 };
 use crate::{
-    auth::{Carrier, Credential, Principal, local},
+    auth::{Carrier, Credential, Principal, Refusal, local},
     delivery::Client,
     subject::{Filter, Subject},
 };
@@ -53,7 +54,18 @@ pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result
         };
         return Err(ApiError::new(Code::AmbiguousToken, detail));
     }
-    Ok(app.auth.identify(Some(Credential { text, carrier: *carrier })).await?)
+    let credential = Credential { text, carrier: *carrier };
+    if request.method() != Method::POST {
+        // An attempt that is counted already, good or bad.
+        return Ok(app.auth.identify(Some(credential)).await?);
+    }
+    let address = passage::address(request);
+    app.shares.credential(address).map_err(|wait| ApiError::over_rate(Code::TooManyAttempts, wait))?;
+    let identified = app.auth.identify(Some(credential)).await;
+    if let Err(Refusal::Invalid(_)) = identified {
+        app.shares.bad_credential(address);
+    }
+    Ok(identified?)
 }
 
 /// Who they are to whoever looks at their stream.

@@ -21,6 +21,8 @@ const SEARCH_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) struct Rate {
     limiter: RateLimiter<Key, Table, DefaultClock>,
+    /// Decides as the limiter does, and keeps nothing of it.
+    preview: RateLimiter<Key, Preview, DefaultClock>,
     table: Table,
     burst: NonZeroU32,
     searched_at: Mutex<Instant>,
@@ -45,7 +47,13 @@ impl Rate {
         let table = Table { times: Arc::default(), keys_max };
         let quota = Quota::per_second(per_second).allow_burst(burst);
         let limiter = RateLimiter::new(quota, table.clone(), DefaultClock::default());
-        Rate { limiter, table, burst, searched_at: Mutex::new(Instant::now()) }
+        let preview = RateLimiter::new(quota, Preview(table.clone()), DefaultClock::default());
+        Rate { limiter, preview, table, burst, searched_at: Mutex::new(Instant::now()) }
+    }
+
+    /// Whether one more of `key` would pass. Takes nothing.
+    pub(super) fn allows(&self, key: &Key) -> Result<(), Wait> {
+        self.preview.check_key(key).map_err(|refusal| Wait(refusal.wait_time_from(self.preview.clock().now())))
     }
 
     /// Takes `amount` of what `key` may have. More than a burst counts as a burst: it passes when nothing is owed.
@@ -96,6 +104,24 @@ impl StateStore for Table {
     }
 }
 
+/// The same table, of which nothing changes.
+struct Preview(Table);
+
+impl StateStore for Preview {
+    type Key = Key;
+
+    fn measure_and_replace<T, F, E>(&self, key: &Key, decide: F) -> Result<T, E>
+    where
+        F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    {
+        let Table { times, keys_max } = &self.0;
+        let times = times.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = times.known.get(key).copied();
+        let is_other = known.is_none() && times.known.len() >= *keys_max;
+        Ok(decide(if is_other { times.others } else { known })?.0)
+    }
+}
+
 impl ShrinkableKeyedStateStore<Key> for Table {
     fn retain_recent(&self, drop_below: Nanos) {
         self.lock().known.retain(|_, time| *time > drop_below);
@@ -130,6 +156,16 @@ mod tests {
         let Err(Wait(wait)) = rate.check(&address(1), 1) else { panic!("a fourth is too many") };
         assert!(wait > Duration::from_millis(500) && wait <= Duration::from_secs(1), "{wait:?}");
         assert_eq!(rate.check(&address(2), 1), Ok(()), "others have their own");
+    }
+
+    #[test]
+    fn a_look_at_a_rate_takes_nothing_of_it() {
+        let rate = rate(1, 3, 10);
+        assert!((0..10).all(|_| rate.allows(&address(1)).is_ok()));
+        assert!((0..3).all(|_| rate.check(&address(1), 1).is_ok()));
+        let Err(Wait(wait)) = rate.allows(&address(1)) else { panic!("nothing is left") };
+        assert!(wait > Duration::from_millis(500) && wait <= Duration::from_secs(1), "{wait:?}");
+        assert_eq!(rate.allows(&address(2)), Ok(()), "others have their own");
     }
 
     #[test]
