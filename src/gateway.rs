@@ -30,6 +30,7 @@ use crate::{
     hub::{self, Hub},
     limits::Limits,
     metrics::Metrics,
+    panics,
     shutdown::Tasks,
 };
 
@@ -103,7 +104,7 @@ impl StartError {
                 nats::StartError::TooOld { .. }
                 | nats::StartError::Payload { .. }
                 | nats::StartError::NoStream { .. }
-                | nats::StartError::Misfit { .. }
+                | nats::StartError::Mismatch { .. }
                 | nats::StartError::Refused { .. } => Need::Fitness,
             },
         }
@@ -117,6 +118,7 @@ impl Gateway {
     /// # Errors
     /// When an address is taken, or the broker can't be used as it is.
     pub async fn start(config: Config) -> Result<Gateway, StartError> {
+        panics::watch();
         let metrics = Arc::new(Metrics::new());
         let auth_tasks = Tasks::new(Handle::current());
         let auth = Auth::start(&config.auth, config.listen, metrics.clone(), &auth_tasks).await?;

@@ -20,17 +20,18 @@
 //! | [`delivery`] | the streams: writes what their cursors yield to their sockets | limits, hub, sse |
 //! | [`limits`] | how much one address or principal may ask for | |
 //! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
-//! | [`broker`] | the one trait, and its two implementations | event |
+//! | [`broker`] | the one trait, and its two implementations | nats, event |
+//! | [`nats`] | a client for NATS connections that carry what other people published | |
 //! | [`sse`] | event -> bytes; pure | event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`descriptors`] | how many files the system allows, and limits that fit | config |
-//! | [`backoff`], [`config`], [`log`], [`metrics`], [`shutdown`] | leaves that anyone may use | |
+//! | [`backoff`], [`config`], [`log`], [`metrics`], [`panics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
 //! `hub` because a stream pulls from its cursor, and nothing is ever pushed at it. Two things are made by hand that a
 //! library has, because there are thousands of each and they were measured: a stream is no task of tokio's (`porter` in
-//! [`delivery`]), and live hints do not come over async-nats (`line` in [`broker::nats`]).
+//! [`delivery`]), and what other people published does not come over async-nats ([`nats`] says why).
 //!
 //! # Invariants
 //!
@@ -44,6 +45,8 @@
 //! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
 //! - *Refused unseen*: what somebody may not do is decided from names alone, before anything is looked up; a bad token
 //!   is never taken for none.
+//! - *Never half-alive*: every connection to NATS is watched, told by readiness while it lacks, and made again; nothing that
+//!   is stored can stop one.
 //! - *Bounded*: every queue, cache and wait has a limit with a name, and so has what one client may have of them.
 //!
 //! # Walkthrough: a publish
@@ -78,6 +81,8 @@ pub mod hub;
 pub mod limits;
 pub mod log;
 pub mod metrics;
+pub mod nats;
+pub mod panics;
 pub mod position;
 pub mod shutdown;
 pub mod sse;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Counter, Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Counter, Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 macro_rules! metrics {
@@ -71,9 +72,10 @@ metrics! {
     refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code":]);
     jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome": "read", "failed"]);
     connections_refused: IntCounter("tidegate_connections_refused_total", "Connections closed at once: their address had as many as it may have.");
-    broker_up: IntGauge("tidegate_broker_up", "1 while the broker can be reached.");
+    broker_up: IntGaugeVec("tidegate_broker_up", "1 while this connection to the broker is as it should be.", ["connection": "live", "history", "leader", "publish"]);
     broker_connections: IntCounter("tidegate_broker_connections_total", "Connections to the broker that were made, the first ones included.");
     broker_round_trip_seconds: Gauge("tidegate_broker_round_trip_seconds", "How long the broker took to answer the last question about the stream.");
+    panics: IntCounter("tidegate_panics_total", "Panics in this process: each is a defect, and is logged with its place.");
     runtime_tasks: IntGauge("tidegate_runtime_tasks", "Tasks that are alive: streams, feeds and what serves them.");
     runtime_queue: IntGauge("tidegate_runtime_queue", "Tasks that wait for a thread.");
     runtime_workers: IntGauge("tidegate_runtime_workers", "Threads that run tasks.");
@@ -96,10 +98,14 @@ impl Drop for Counted {
     }
 }
 
+/// The values of the label `connection`.
+const BROKER_CONNECTIONS: [&str; 4] = ["live", "history", "leader", "publish"];
+
 /// What is looked at when somebody asks, rather than counted.
 pub struct Now {
     pub streams_limit: usize,
-    pub broker_up: bool,
+    /// Connections to the broker with which something is wrong.
+    pub broker_down: Vec<&'static str>,
     pub broker_connections: u64,
     pub broker_round_trip: Duration,
     pub runtime_tasks: usize,
@@ -112,7 +118,10 @@ impl Metrics {
     /// The text format of Prometheus.
     pub fn encode(&self, now: Now) -> Vec<u8> {
         self.streams_limit.set(i64::try_from(now.streams_limit).unwrap_or(i64::MAX));
-        self.broker_up.set(i64::from(now.broker_up));
+        for connection in BROKER_CONNECTIONS {
+            self.broker_up.with_label_values(&[connection]).set(i64::from(!now.broker_down.contains(&connection)));
+        }
+        self.panics.inc_by(crate::panics::count().saturating_sub(self.panics.get()));
         self.broker_connections.inc_by(now.broker_connections.saturating_sub(self.broker_connections.get()));
         self.broker_round_trip_seconds.set(now.broker_round_trip.as_secs_f64());
         self.runtime_tasks.set(now.runtime_tasks as i64);

@@ -45,7 +45,7 @@ fn every_panel_and_rule_has_data_and_alerts_see_what_is_wrong() {
     two.kill();
     let Backend::Nats(mut server) = nats else { unreachable!("it is on NATS") };
     server.kill();
-    prometheus.wait_for("tidegate_broker_up == 0", 1);
+    prometheus.wait_for("min by (instance) (tidegate_broker_up) == 0", 1);
     for _ in 0..REFUSALS {
         assert_eq!(one.ask(Request::post("/events/demo").body("x")).status, 503);
     }

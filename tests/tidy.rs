@@ -12,7 +12,7 @@ use tidegate::{http::error::Code, metrics::Metrics};
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["gateway", "auth", "descriptors", "config", "log", "subject"]),
-    ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "shutdown", "config"]),
+    ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "panics", "shutdown", "config"]),
     (
         "http",
         &[
@@ -25,14 +25,16 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("limits", &["config"]),
     ("hub", &["broker", "sse", "position", "event", "subject", "metrics", "shutdown", "backoff", "config"]),
     ("position", &["event", "subject"]),
-    ("broker", &["event", "subject", "backoff", "config", "fuzz"]),
+    ("broker", &["nats", "event", "subject", "backoff", "config", "fuzz"]),
+    ("nats", &["backoff", "fuzz"]),
     ("sse", &["event"]),
     ("event", &["subject"]),
     ("descriptors", &["config"]),
     ("config", &["subject", "fuzz"]),
     ("log", &["config"]),
     ("backoff", &[]),
-    ("metrics", &[]),
+    ("metrics", &["panics"]),
+    ("panics", &[]),
     ("shutdown", &[]),
     ("subject", &[]),
     ("fuzz", &[]),
@@ -43,8 +45,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const OWNED: &[(&str, &[&str])] = &[
     ("actix_", &["http", "gateway"]),
     ("async_nats", &["broker/nats"]),
-    ("nkeys", &["broker/nats/entrance"]),
-    ("rustls", &["broker/nats/call"]),
+    ("nkeys", &["nats/credentials"]),
+    ("rustls", &["nats/connection"]),
+    ("tokio_util::codec", &["nats"]),
     ("jsonwebtoken", &["auth"]),
     ("ureq", &["auth/jwks"]),
     ("subtle", &["auth"]),

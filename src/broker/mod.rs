@@ -223,12 +223,21 @@ pub struct Bounds {
     pub last: u64,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     /// Connections that were made, the first ones included.
     pub connections: u64,
     /// What the last question about the stream took.
     pub round_trip: Duration,
+    /// Each kind of connection, of those that the broker has.
+    pub states: Vec<ConnectionState>,
+}
+
+/// One kind of connection to a broker, and what is wrong with it, if anything is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectionState {
+    pub name: &'static str,
+    pub trouble: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@ pub async fn metrics(app: web::Data<App>) -> HttpResponse {
     let (link, runtime) = (app.broker.link(), app.runtime.metrics());
     let now = Now {
         streams_limit: app.limits.borrow().streams,
-        broker_up: !matches!(app.broker.health(), Health::Away(_)),
+        broker_down: link.states.iter().filter(|state| state.trouble.is_some()).map(|state| state.name).collect(),
         broker_connections: link.connections,
         broker_round_trip: link.round_trip,
         runtime_tasks: runtime.num_alive_tasks(),
@@ -26,12 +26,17 @@ pub async fn metrics(app: web::Data<App>) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(app.metrics.encode(now))
 }
 
-/// `GET /health/ready`: 200 while this node should get requests, else 503; the body says why not.
+/// `GET /health/ready`: 200 while this node should get requests, else 503; the body says why not, and what is wrong though
+/// it should.
 pub async fn ready(app: web::Data<App>) -> HttpResponse {
     let away = |why: &str| {
         HttpResponse::build(StatusCode::SERVICE_UNAVAILABLE)
             .content_type("text/plain; charset=utf-8")
             .body(format!("{why}\n"))
+    };
+    let ready = |but: &str| {
+        let body = if but.is_empty() { "ready\n".to_owned() } else { format!("ready\n{but}\n") };
+        HttpResponse::Ok().content_type("text/plain; charset=utf-8").body(body)
     };
     let health = app.broker.health();
     let is_short = app.absence.is_short(&health);
@@ -42,7 +47,8 @@ pub async fn ready(app: web::Data<App>) -> HttpResponse {
         Health::Ready | Health::Away(_) if app.deliveries.is_full() => {
             away("full: there is no room for another stream")
         }
-        Health::Ready | Health::Away(_) => HttpResponse::Ok().content_type("text/plain; charset=utf-8").body("ready\n"),
+        Health::Away(why) => ready(&format!("for a short time: {why}")),
+        Health::Ready => ready(""),
     }
 }
 

@@ -12,13 +12,13 @@ use std::{
 
 use async_nats::{Client, Message, SubscribeError};
 use futures_util::StreamExt;
-use tokio::{sync::oneshot, task::AbortHandle};
+use tokio::{sync::oneshot, task::JoinHandle};
 
 pub(super) struct Inbox {
     prefix: String,
     next: AtomicU64,
     waiting: Waiting,
-    dispatch: AbortHandle,
+    dispatch: JoinHandle<()>,
 }
 
 type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Message>>>>;
@@ -40,7 +40,12 @@ impl Inbox {
                 }
             }
         });
-        Ok(Inbox { prefix, next: AtomicU64::new(1), waiting, dispatch: dispatch.abort_handle() })
+        Ok(Inbox { prefix, next: AtomicU64::new(1), waiting, dispatch })
+    }
+
+    /// Whether replies are handed over. They are not once the connection's task has ended, or the dispatch of replies has.
+    pub fn is_open(&self) -> bool {
+        !self.dispatch.is_finished()
     }
 
     /// Makes a reply subject and waits there. Dropping what is returned gives the reply up.

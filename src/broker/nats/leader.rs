@@ -12,33 +12,18 @@ use std::{
     time::Duration,
 };
 
-use async_nats::{Client, HeaderMap, StatusCode, connection::State};
-use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{sync::watch, time::Instant};
 
-use super::{inbox::Inbox, message::Stored, rounds::Rounds, stream::Misfit};
-use crate::{
-    broker::{Bounds, BrokerError},
-    event::Epoch,
+use super::{
+    api::{Api, RequestError, code},
+    coalesce::Coalesced,
+    message::Stored,
+    requirements::Mismatch,
 };
-
-/// JetStream's own numbers for its errors (`err_code`).
-pub(super) mod code {
-    pub const TEMPORARILY_UNAVAILABLE: u64 = 10008;
-    pub const NO_MESSAGE: u64 = 10037;
-    pub const NOT_ENABLED_FOR_ACCOUNT: u64 = 10039;
-    pub const SUBJECTS_OVERLAP: u64 = 10065;
-    pub const INSUFFICIENT_STORAGE: u64 = 10047;
-    pub const STREAM_NAME_IN_USE: u64 = 10058;
-    pub const STREAM_NOT_FOUND: u64 = 10059;
-    pub const WRONG_LAST_SEQUENCE: u64 = 10071;
-    pub const NOT_ENABLED: u64 = 10076;
-    pub const DUPLICATE_IN_PROCESS: u64 = 10158;
-    pub const WRONG_LAST_SEQUENCE_IN_PROCESS: u64 = 10164;
-}
+use crate::{broker::Bounds, event::Epoch};
 
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
 const SLOW: Duration = Duration::from_millis(50);
@@ -52,41 +37,6 @@ const ELECTION: Duration = Duration::from_secs(4);
 const FRESH: Duration = Duration::from_secs(2);
 /// After how long a leader is asked again that may have been deposed: it soon knows.
 const DEPOSED_PAUSE: Duration = Duration::from_millis(100);
-
-/// Why a request to JetStream brought no answer of the kind that was asked for.
-#[derive(Debug, Clone, thiserror::Error)]
-pub(super) enum RequestError {
-    #[error("not connected")]
-    NotConnected,
-    #[error("nothing answers there: JetStream is off, or the stream has no leader")]
-    NoResponders,
-    #[error("no answer in {0:?}: overloaded, or the user lacks the permission")]
-    Silent(Duration),
-    #[error("{} ({})", .0.description, .0.err_code)]
-    Refused(Refusal),
-    #[error("whoever answered may have been deposed as the stream's leader")]
-    Deposed,
-    #[error("garbled: {0}")]
-    Garbled(String),
-}
-
-/// An error as JetStream words it.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct Refusal {
-    #[serde(default)]
-    pub err_code: u64,
-    #[serde(default)]
-    pub description: String,
-}
-
-impl From<RequestError> for BrokerError {
-    fn from(error: RequestError) -> BrokerError {
-        match error {
-            RequestError::Garbled(what) => BrokerError::Protocol(what),
-            other => BrokerError::Unavailable(other.to_string()),
-        }
-    }
-}
 
 /// What the stream's leader says of the stream.
 #[derive(Debug)]
@@ -112,60 +62,14 @@ impl Info {
     }
 }
 
-/// Requests on one connection, with their replies in one inbox.
-pub(super) struct Requests {
-    pub client: Client,
-    inbox: Inbox,
-    pub timeout: Duration,
-}
-
-impl Requests {
-    pub async fn new(client: Client, timeout: Duration) -> Result<Requests, RequestError> {
-        let inbox = Inbox::open(&client).await.map_err(|error| RequestError::Garbled(error.to_string()))?;
-        Ok(Requests { client, inbox, timeout })
-    }
-
-    pub fn inbox(&self) -> &Inbox {
-        &self.inbox
-    }
-
-    /// One JetStream API request, answered by JSON.
-    pub async fn ask(&self, subject: String, body: Value) -> Result<Value, RequestError> {
-        self.ask_within(self.timeout, subject, body).await
-    }
-
-    async fn ask_within(&self, limit: Duration, subject: String, body: Value) -> Result<Value, RequestError> {
-        // Not connected: async-nats would keep the request and send it when nobody wants the answer any more.
-        if self.client.connection_state() != State::Connected {
-            return Err(RequestError::NotConnected);
-        }
-        let body = if body.is_null() { Bytes::new() } else { body.to_string().into() };
-        let mut reply = self.inbox.expect();
-        let sent = self.client.publish_with_reply_and_headers(subject, reply.subject.clone(), HeaderMap::new(), body);
-        let sent = tokio::time::timeout(limit, sent).await.map_err(|_| RequestError::NotConnected)?;
-        sent.map_err(|error| RequestError::Garbled(error.to_string()))?;
-        let message = reply.within(limit).await.ok_or(RequestError::Silent(limit))?;
-        if message.status == Some(StatusCode::NO_RESPONDERS) {
-            return Err(RequestError::NoResponders);
-        }
-        let mut answer: Value =
-            serde_json::from_slice(&message.payload).map_err(|error| RequestError::Garbled(error.to_string()))?;
-        match answer.get_mut("error").map(Value::take) {
-            None | Some(Value::Null) => Ok(answer),
-            Some(error) => Err(serde_json::from_value(error)
-                .map_or_else(|error| RequestError::Garbled(error.to_string()), RequestError::Refused)),
-        }
-    }
-}
-
 /// The stream's leader. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Leader(Arc<Shared>);
 
 struct Shared {
-    requests: Arc<Requests>,
+    api: Api,
     stream: String,
-    info: Rounds<Result<Arc<Info>, RequestError>>,
+    info: Coalesced<Result<Arc<Info>, RequestError>>,
     known: Arc<Known>,
 }
 
@@ -190,7 +94,7 @@ pub(super) struct Known {
     /// Why the last question about the stream failed, if it did.
     trouble: Mutex<Option<String>>,
     /// What is wrong with the stream's settings, if anything is.
-    misfit: Mutex<Option<String>>,
+    mismatch: Mutex<Option<String>>,
     pub doubts: watch::Sender<u64>,
     /// Whether word of changes would be heard.
     is_told: AtomicBool,
@@ -208,7 +112,7 @@ impl Known {
         Known {
             present: Mutex::new(info.incarnation()),
             trouble: Mutex::new(None),
-            misfit: Mutex::new(None),
+            mismatch: Mutex::new(None),
             doubts: watch::Sender::new(0),
             is_told: AtomicBool::new(false),
             changes: AtomicU64::new(0),
@@ -248,20 +152,21 @@ impl Known {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub fn misfit(&self) -> Option<String> {
-        self.misfit.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn mismatch(&self) -> Option<String> {
+        self.mismatch.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Takes note of what does not fit (any more), and logs it once.
-    pub fn judge(&self, misfits: &[Misfit]) {
-        let now = (!misfits.is_empty()).then(|| misfits.iter().map(Misfit::to_string).collect::<Vec<_>>().join("; "));
-        let mut misfit = self.misfit.lock().unwrap_or_else(PoisonError::into_inner);
-        if *misfit != now {
+    pub fn judge(&self, mismatches: &[Mismatch]) {
+        let now =
+            (!mismatches.is_empty()).then(|| mismatches.iter().map(Mismatch::to_string).collect::<Vec<_>>().join("; "));
+        let mut mismatch = self.mismatch.lock().unwrap_or_else(PoisonError::into_inner);
+        if *mismatch != now {
             match &now {
-                Some(now) => tracing::error!(misfit = %now, "the stream was changed and does not fit any more"),
+                Some(now) => tracing::error!(mismatch = %now, "the stream was changed and does not fit any more"),
                 None => tracing::info!("the stream fits again"),
             }
-            *misfit = now;
+            *mismatch = now;
         }
     }
 
@@ -300,16 +205,16 @@ impl Known {
 
 impl Leader {
     /// Of a stream that is known to be there, in this state.
-    pub fn new(requests: Arc<Requests>, stream: String, info: &Info) -> Leader {
+    pub fn new(api: Api, stream: String, info: &Info) -> Leader {
         let known = Arc::new(Known::new(info));
-        let rounds = Rounds::start({
-            let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
+        let info = Coalesced::start({
+            let (api, stream, known) = (api.clone(), stream.clone(), known.clone());
             move || {
-                let (requests, stream, known) = (requests.clone(), stream.clone(), known.clone());
+                let (api, stream, known) = (api.clone(), stream.clone(), known.clone());
                 async move {
                     let as_of = known.changes.load(Ordering::Acquire);
                     let asked = Instant::now();
-                    let answer = ask_for_info(&requests, &stream).await.map(Arc::new);
+                    let answer = ask_for_info(&api, &stream).await.map(Arc::new);
                     known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
                     known.learn(&answer, as_of);
                     let is_undisputed = answer.as_ref().is_ok_and(|info| info.is_undisputed);
@@ -318,7 +223,7 @@ impl Leader {
                 }
             }
         });
-        Leader(Arc::new(Shared { requests, stream, info: rounds, known }))
+        Leader(Arc::new(Shared { api, stream, info, known }))
     }
 
     /// The stream as it is now: asked after this call began, though perhaps together with others.
@@ -326,8 +231,8 @@ impl Leader {
     /// Requests of one connection are handled in order. So this is also the round trip that proves that the server has
     /// seen all that was sent before.
     pub async fn info(&self) -> Result<Arc<Info>, RequestError> {
-        let join = || async { self.0.info.join().await.unwrap_or(Err(RequestError::NotConnected)) };
-        insist(self.0.requests.timeout, join).await
+        let join = || async { self.0.info.get().await.unwrap_or(Err(RequestError::NotConnected)) };
+        insist(self.0.api.timeout, join).await
     }
 
     /// The stored message that `query` finds, if there is one.
@@ -339,7 +244,7 @@ impl Leader {
         let subject = format!("$JS.API.STREAM.MSG.GET.{}", self.0.stream);
         for is_last_try in [false, true] {
             let undisputed = *self.0.known.lock_undisputed();
-            match self.0.requests.ask(subject.clone(), query.clone()).await {
+            match self.0.api.ask(&subject, &query).await {
                 Ok(mut answer) => {
                     return serde_json::from_value(answer["message"].take())
                         .map(Some)
@@ -406,15 +311,11 @@ impl Leader {
     pub fn known(&self) -> &Arc<Known> {
         &self.0.known
     }
-
-    pub fn requests(&self) -> &Arc<Requests> {
-        &self.0.requests
-    }
 }
 
 /// The same as [`Leader::info`], for one who asks alone.
-pub(super) async fn info_of(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
-    insist(requests.timeout, || ask_for_info(requests, stream)).await
+pub(super) async fn info_of(api: &Api, stream: &str) -> Result<Info, RequestError> {
+    insist(api.timeout, || ask_for_info(api, stream)).await
 }
 
 /// Asks again while nobody answers who is the leader for certain, for about as long as a request may take.
@@ -432,9 +333,9 @@ where
     }
 }
 
-async fn ask_for_info(requests: &Requests, stream: &str) -> Result<Info, RequestError> {
-    let limit = requests.timeout.min(INFO_SILENCE);
-    let mut answer = requests.ask_within(limit, format!("$JS.API.STREAM.INFO.{stream}"), Value::Null).await?;
+async fn ask_for_info(api: &Api, stream: &str) -> Result<Info, RequestError> {
+    let limit = api.timeout.min(INFO_SILENCE);
+    let mut answer = api.ask_within(limit, &format!("$JS.API.STREAM.INFO.{stream}"), &Value::Null).await?;
     let config = answer["config"].take();
     let standing = standing(&answer["cluster"]["replicas"]);
     let (bounds, created) = bounds(answer)?;

@@ -1,23 +1,20 @@
 //! Messages of the stream as events: republished, from a batch, or from the leader. What others put on the wire is
 //! never trusted to be well-formed.
 
-use std::time::Duration;
+use std::{borrow::Cow, str::Utf8Chunk, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::{
-    headers::{Block, Headers},
-    leader::Incarnation,
-    wire,
-};
+use super::leader::Incarnation;
 use crate::{
     broker::Hint,
     config::{NatsStream, parse_duration},
     event::{Event, EventType},
-    subject::Subject,
+    nats::{Headers, Message},
+    subject::{Filter, Subject},
 };
 
 /// Carries the event's type.
@@ -27,43 +24,92 @@ pub(super) const TTL: &str = "Nats-TTL";
 /// JetStream stores one message of each id, within its window.
 pub(super) const MESSAGE_ID: &str = "Nats-Msg-Id";
 
-/// A message on a live subject, believed to be of the stream's present incarnation. What can't be read is a hint lost,
-/// and so is what was stored before that one was made.
-pub(super) fn hint(message: &wire::Message, names: &NatsStream, present: Incarnation) -> Hint {
-    let headers = Block(&message.headers);
+/// A stored message as a server hands it out: republished, or in a batch. The server appends headers of its own to the
+/// publisher's, who may have sent some of the same names. Nothing that a publisher sent is looked for among the server's,
+/// nor the other way round.
+pub(super) struct Delivered<'m> {
+    publisher: Headers<'m>,
+    server: Headers<'m>,
+    payload: &'m [u8],
+}
+
+impl<'m> Delivered<'m> {
+    /// `None` if it is no stored message, but a word of the server's.
+    pub fn of(message: &'m Message) -> Option<Delivered<'m>> {
+        // The first header that a server appends.
+        let (publisher, server) = Headers::new(&message.headers).split_before_last("Nats-Stream");
+        server.last("Nats-Sequence")?;
+        Some(Delivered { publisher, server, payload: &message.payload })
+    }
+
+    /// The stream that it is stored in, which may be a mirror of the one that was asked.
+    pub fn stream(&self) -> Option<&'m str> {
+        self.server.last("Nats-Stream")
+    }
+
+    /// A number that the server wrote.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        number(&self.server, name)
+    }
+
+    /// The event, whatever its publisher's headers are: those that can't be read are left out.
+    pub fn event(&self, prefix: &str) -> Option<Event> {
+        let time = self.server.last("Nats-Time-Stamp")?.parse().ok()?;
+        let subject = readable(self.server.last_bytes("Nats-Subject")?);
+        Some(Event {
+            sequence: self.number("Nats-Sequence")?,
+            subject: Subject::stored(subject.strip_prefix(prefix)?),
+            time,
+            expires: expiry(time, self.publisher.first(TTL)),
+            kind: kind(self.publisher.first(TYPE)),
+            // Not a slice of what was read from the socket: a quiet feed keeps its last events for long, and would keep
+            // whatever else came in the same read.
+            payload: Bytes::copy_from_slice(self.payload),
+        })
+    }
+
+    /// Whether all of the payload is here: a stream may republish headers alone.
+    fn is_whole(&self) -> bool {
+        match self.server.last("Nats-Msg-Size") {
+            None => true,
+            Some(size) => size.parse() == Ok(self.payload.len()),
+        }
+    }
+}
+
+/// A message on a live subject, believed to be of the stream's present incarnation. What can't be read, or is not what
+/// was asked for, is a hint lost; and so is what was stored before that incarnation was made.
+pub(super) fn hint(message: &Message, filter: &Filter, names: &NatsStream, present: Incarnation) -> Hint {
     let read = || {
-        if headers.last("Nats-Stream")? != names.name {
+        let delivered = Delivered::of(message)?;
+        if delivered.stream()? != names.name || !delivered.is_whole() {
             return None;
         }
-        let previous = number(&headers, "Nats-Last-Sequence")?;
-        let event = event(&headers, &message.payload, &names.prefix)?;
-        (event.time >= present.created).then_some(Hint::Stored { event, previous, epoch: present.epoch })
+        let previous = delivered.number("Nats-Last-Sequence")?;
+        let event = delivered.event(&names.prefix)?;
+        let is_wanted = event.time >= present.created && filter.matches(&event.subject);
+        is_wanted.then_some(Hint::Stored { event, previous, epoch: present.epoch })
     };
     read().unwrap_or(Hint::Lost)
 }
 
-/// A message of a batch, or republished: the server's own headers tell what it is. They come after the publisher's, who
-/// may have sent some of the same names: only the last counts.
-pub(super) fn event(headers: &impl Headers, payload: &[u8], prefix: &str) -> Option<Event> {
-    let time = headers.last("Nats-Time-Stamp")?.parse().ok()?;
-    Some(Event {
-        sequence: number(headers, "Nats-Sequence")?,
-        subject: Subject::stored(headers.last("Nats-Subject")?.strip_prefix(prefix)?),
-        time,
-        expires: expiry(time, headers.first(TTL)),
-        kind: kind(headers.first(TYPE)),
-        // Not a slice of what was read from the socket: a quiet feed keeps its last events for long, and would keep
-        // whatever else came in the same read.
-        payload: Bytes::copy_from_slice(payload),
-    })
-}
-
 /// A number in a header that the server wrote.
-pub(super) fn number(headers: &impl Headers, name: &'static str) -> Option<u64> {
+pub(super) fn number(headers: &Headers, name: &str) -> Option<u64> {
     headers.last(name)?.parse().ok()
 }
 
-/// Whoever publishes straight into NATS may send types that we would refuse: such an event goes on without one.
+/// A subject as text. Each byte that is not UTF-8 is replaced, as in the leader's JSON.
+fn readable(bytes: &[u8]) -> Cow<'_, str> {
+    match str::from_utf8(bytes) {
+        Ok(text) => text.into(),
+        Err(_) => {
+            let chunk = |chunk: Utf8Chunk| format!("{}{}", chunk.valid(), "\u{fffd}".repeat(chunk.invalid().len()));
+            bytes.utf8_chunks().map(chunk).collect::<String>().into()
+        }
+    }
+}
+
+/// A publisher in NATS may send types that would be refused over HTTP: such an event goes on without one.
 fn kind(text: Option<&str>) -> Option<EventType> {
     EventType::parse(text?).ok()
 }
@@ -91,7 +137,7 @@ pub(super) struct Stored {
 impl Stored {
     pub fn event(&self, prefix: &str) -> Option<Event> {
         let (time, headers) = (self.time.parse().ok()?, self.headers());
-        let headers = Block(&headers);
+        let headers = Headers::new(&headers);
         Some(Event {
             sequence: self.sequence,
             subject: Subject::stored(self.subject.strip_prefix(prefix)?),
@@ -103,7 +149,7 @@ impl Stored {
     }
 
     pub fn message_id(&self) -> Option<String> {
-        Block(&self.headers()).first(MESSAGE_ID).map(str::to_owned)
+        Headers::new(&self.headers()).first(MESSAGE_ID).map(str::to_owned)
     }
 
     fn headers(&self) -> Vec<u8> {
@@ -125,9 +171,11 @@ mod tests {
 
     fn republished(headers: &[(&str, &str)]) -> Hint {
         let lines: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        let headers = [b"NATS/1.0\r\nOdd: \xff\r\n", lines.as_bytes(), b"\r\n"].concat().into();
-        let message = wire::Message { subscription: 1, headers, payload: Bytes::from_static(b"x") };
-        hint(&message, &names(), present())
+        let headers =
+            [b"NATS/1.0 404 \xff\r\nOdd: \xff\r\nCR: a\rb\r\n\r\n", lines.as_bytes(), b"\r\n"].concat().into();
+        let payload = Bytes::from_static(b"x");
+        let message = Message { sid: 1, subject: "live.events.a".into(), headers, payload };
+        hint(&message, &Filter::parse("*").unwrap(), &names(), present())
     }
 
     const WHOLE: [(&str, &str); 5] = [
@@ -145,6 +193,7 @@ mod tests {
             ("Nats-Subject", "events.other"),
             ("Nats-Last-Sequence", "998"),
             ("Nats-Stream", "OTHER"),
+            ("Nats-Msg-Size", "7"),
             (TYPE, "tidegate.gap"),
         ];
         headers.extend(WHOLE);
@@ -158,6 +207,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_is_a_lost_hint() {
+        assert!(matches!(republished(&[&WHOLE[..], &[("Nats-Stream", "X")]].concat()), Hint::Lost));
         for missing in 0..WHOLE.len() {
             let mut headers = WHOLE.to_vec();
             headers.remove(missing);
@@ -169,7 +219,10 @@ mod tests {
             // Before the stream was made.
             ("Nats-Time-Stamp", "2026-01-02T03:04:05.05161762Z"),
             ("Nats-Subject", "other.a"),
-            ("Nats-Stream", "X"),
+            // Not what the filter is for.
+            ("Nats-Subject", "events.a.b"),
+            // Headers alone were republished.
+            ("Nats-Msg-Size", "2"),
         ] {
             let mut headers = WHOLE.to_vec();
             headers.push((name, value));

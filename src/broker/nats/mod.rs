@@ -2,71 +2,63 @@
 //!
 //! | module | is about |
 //! |---|---|
-//! | `entrance` | which servers there are, and how they let us in |
-//! | `start` | the server's and the stream's fitness |
-//! | `stream` | the stream's definition, and what breaks a promise |
-//! | `leader` | requests whose answer is final, by the stream's leader |
-//! | `read` | history: batches by any replica, proven by the leader |
+//! | `connector` | which servers there are, and how they let us in |
+//! | `supervise` | every connection is watched, and made again |
+//! | `provision` | the server and the stream at start: checked, made, mended |
+//! | `requirements` | the stream's definition, and what breaks a promise |
+//! | `api`, `inbox` | requests that are answered by JSON, and their replies |
+//! | `leader`, `coalesce` | requests whose answer is final, by the stream's leader |
+//! | `history`, `batch` | pages: batches by any replica, proven by the leader |
 //! | `snapshot` | the last event of every subject |
 //! | `publish` | storing, and the meaning of the answer |
-//! | `line` | hints of what was just stored: a connection that is always made again |
-//! | `switchboard` | ...who listens to what, and what the server is yet to be told of it |
-//! | `call` | ...one connection to one server |
-//! | `servers` | ...which of them is next |
-//! | `wire` | ...what is said there, as bytes |
-//! | `doubts` | every occasion on which hints may have been lost, or be of another stream |
-//! | `message`, `headers` | messages as events |
+//! | `live` | hints of what was just stored |
+//! | `monitor` | every occasion on which hints may have been lost, or be of another stream |
+//! | `message` | messages as events |
 //!
 //! Connections: one for history, whose answers hold up whatever else travels there, one for each thread that publishes,
-//! one for live hints and word of the stream's changes, which is our own (see `line`), and one for all the rest.
+//! one for live hints and word of the stream's changes, and one for requests to the leader.
+//!
+//! The seam: *whatever carries other people's headers and payloads (live hints, history, snapshots) goes through
+//! [`crate::nats`]; whatever carries only ours or the server's JSON (publishing, the leader's answers, provisioning) goes
+//! through async-nats.*
 
+mod api;
 mod batch;
-mod call;
-mod doubts;
-mod entrance;
-mod headers;
+mod coalesce;
+mod connector;
+mod history;
 mod inbox;
 mod leader;
-mod line;
+mod live;
 mod message;
+mod monitor;
+mod provision;
 mod publish;
-mod read;
-mod rounds;
-mod servers;
+mod requirements;
 mod snapshot;
-mod start;
-mod stream;
-mod switchboard;
-mod wire;
+mod supervise;
 
-use std::sync::{Arc, Mutex, PoisonError, atomic::Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use async_nats::{Client, connection::State};
 use async_trait::async_trait;
 use tokio::{sync::watch, task::AbortHandle};
 
 use self::{
-    batch::Batches,
-    entrance::Entrance,
-    leader::{Leader, RequestError, Requests},
-    line::Line,
-    publish::Publisher,
-    read::History,
-    start::Need,
-    stream::Fitness,
+    api::Api, batch::Batches, connector::Connector, history::History, leader::Leader, live::Live, provision::Plan,
+    publish::Publisher, requirements::Requirements, supervise::Kept,
 };
 use super::{
-    Acknowledgement, Bounds, Broker, BrokerError, Health, Hints, LastKnown, Link, Page, Publication, Publish,
-    PublishError, Read, SnapshotPage, SnapshotRead,
+    Acknowledgement, Bounds, Broker, BrokerError, ConnectionState, Health, Hints, LastKnown, Link, Page, Publication,
+    Publish, PublishError, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
-    config,
+    config, nats,
     subject::{Filter, Subject},
 };
 
 pub use self::{
-    start::{HEADER_BYTES, OLDEST, StartError},
-    stream::Misfit,
+    provision::{HEADER_BYTES, OLDEST, StartError},
+    requirements::Mismatch,
 };
 
 /// A JetStream stream, as one gateway sees it. Its connections and tasks end when it is dropped.
@@ -74,13 +66,15 @@ pub struct Nats {
     leader: Leader,
     history: History,
     publisher: Publisher,
-    line: Line,
-    entrance: Arc<Entrance>,
+    live: Live,
+    connector: Arc<Connector>,
+    to_leader: Kept,
+    to_history: Kept,
     /// The connections of publishers that belong to threads.
-    entries: Mutex<Vec<Client>>,
+    publishers: Mutex<Vec<Kept>>,
     settings: config::Nats,
     description: String,
-    watch: AbortHandle,
+    monitor: AbortHandle,
 }
 
 impl Nats {
@@ -93,25 +87,29 @@ impl Nats {
         history: &config::History,
         event_bytes: usize,
     ) -> Result<Nats, StartError> {
-        let entrance = Arc::new(Entrance::parse(settings)?);
+        let connector = Arc::new(Connector::parse(settings)?);
         let names = &settings.stream;
-        let client = entrance.open("requests", None).await?;
-        entrance.check_server(&client, event_bytes)?;
-        let requests = Arc::new(requests(&client, settings).await?);
-        let info = entrance.stream(&requests, names, event_bytes).await?;
-        // A whole answer must fit: an overflow would break it off each time.
-        let answer = history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8);
-        let page = entrance.open("history", Some(answer)).await?;
-        let leader = Leader::new(requests, names.name.clone(), &info);
-        let line = Line::open(entrance.clone(), settings, leader.known().clone()).await?;
+        let (requests, events) = supervise::open_requests(&connector, "leader").await?;
+        connector.check_server(&requests.client, event_bytes)?;
+        let version = requests.client.server_info().version;
+        let api = Api::new(requests, settings.request_timeout);
+        let info = connector.stream(&api, names, event_bytes).await?;
+        let leader = Leader::new(api.clone(), names.name.clone(), &info);
+        let to_leader = supervise::keep_requests("leader", connector.clone(), (api.clone(), events), probe(names));
+        let pages = nats::Requests::new(connector.options("history"), connector::INBOX);
+        let (client, handler) = (pages.client().clone(), Arc::new(pages.clone()));
+        let to_history = supervise::keep("history", &connector, client, handler).await?;
+        let live = Live::connect(&connector, settings, leader.known().clone()).await?;
 
-        let fitness = Fitness::new(names.clone(), event_bytes);
-        let watch = doubts::watch(leader.clone(), fitness, line.switchboard());
-        let watch = tokio::spawn(watch).abort_handle();
+        let requirements = Requirements::new(names.clone(), event_bytes);
+        let monitor = monitor::watch(leader.clone(), requirements, live.router());
+        let monitor = tokio::spawn(monitor).abort_handle();
         Ok(Nats {
             history: History {
                 batches: Batches {
-                    client: page,
+                    requests: pages,
+                    // A whole answer must fit: an overflow would break it off each time.
+                    replies_max: history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8),
                     stream: names.name.clone(),
                     prefix: names.prefix.clone(),
                     timeout: settings.request_timeout,
@@ -121,53 +119,65 @@ impl Nats {
                 page_bytes: history.page_bytes,
             },
             publisher: Publisher {
-                requests: leader.requests().clone(),
+                api,
                 leader: leader.clone(),
                 stream: names.name.clone(),
                 prefix: names.prefix.clone(),
                 timeout: settings.publish_timeout,
             },
-            description: describe(&client.server_info().version, &entrance.at, &names.name, &info),
+            description: describe(&version, &connector.at, &names.name, &info),
             settings: settings.clone(),
-            line,
-            entrance,
-            entries: Mutex::default(),
+            live,
+            connector,
+            to_leader,
+            to_history,
+            publishers: Mutex::default(),
             leader,
-            watch,
+            monitor,
         })
     }
-}
 
-impl Nats {
     /// What [`Nats::connect`] would find, in a line for people. Changes nothing.
     ///
     /// # Errors
     /// The same.
     pub async fn look(settings: &config::Nats, event_bytes: usize) -> Result<String, StartError> {
-        let (entrance, names) = (Entrance::parse(settings)?, &settings.stream);
-        let client = entrance.open("check", None).await?;
-        entrance.check_server(&client, event_bytes)?;
-        let requests = requests(&client, settings).await?;
-        let (version, at, stream) = (client.server_info().version, &entrance.at, &names.name);
-        Ok(match entrance.need(&requests, names, event_bytes).await? {
-            Need::Nothing(info) => describe(&version, at, stream, &info),
-            Need::Making => format!("NATS {version} at {at}, where the stream {stream} will be made"),
-            Need::Mending { misfit, .. } => {
-                format!("NATS {version} at {at}, where the stream {stream} will be mended: {misfit}")
+        let (connector, names) = (Connector::parse(settings)?, &settings.stream);
+        let (requests, _events) = supervise::open_requests(&connector, "check").await?;
+        connector.check_server(&requests.client, event_bytes)?;
+        let version = requests.client.server_info().version;
+        let api = Api::new(requests, settings.request_timeout);
+        let (at, stream) = (&connector.at, &names.name);
+        Ok(match connector.plan(&api, names, event_bytes).await? {
+            Plan::Nothing(info) => describe(&version, at, stream, &info),
+            Plan::Making => format!("NATS {version} at {at}, where the stream {stream} will be made"),
+            Plan::Mending { mismatch, .. } => {
+                format!("NATS {version} at {at}, where the stream {stream} will be mended: {mismatch}")
             }
         })
     }
 
-    fn connections(&self) -> Vec<Client> {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = [&self.leader.requests().client, &self.history.batches.client];
-        shared.into_iter().chain(&*entries).cloned().collect()
+    /// The connections by name, each with what is wrong with it, if anything is.
+    fn connections(&self) -> Vec<ConnectionState> {
+        let state = |kept: &Kept| ConnectionState { name: kept.status.connection, trouble: kept.trouble() };
+        let mut leader = state(&self.to_leader);
+        if leader.trouble.is_none() && !self.publisher.api.current().is_some_and(|requests| requests.is_connected()) {
+            leader.trouble = Some("not connected".into());
+        }
+        let publishers = self.publishers();
+        let broken = publishers.iter().map(state).find(|publisher| publisher.trouble.is_some());
+        let publish = broken.unwrap_or(ConnectionState { name: "publish", trouble: None });
+        vec![state(self.live.kept()), state(&self.to_history), leader, publish]
+    }
+
+    fn publishers(&self) -> std::sync::MutexGuard<'_, Vec<Kept>> {
+        self.publishers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-async fn requests(client: &Client, settings: &config::Nats) -> Result<Requests, StartError> {
-    let silent = |error: RequestError| StartError::Silent { subject: "an inbox".into(), why: error.to_string() };
-    Requests::new(client.clone(), settings.request_timeout).await.map_err(silent)
+/// A request that is answered on any connection that is as it should be.
+fn probe(names: &config::NatsStream) -> String {
+    format!("$JS.API.STREAM.INFO.{}", names.name)
 }
 
 fn describe(version: &str, at: &str, stream: &str, info: &leader::Info) -> String {
@@ -190,14 +200,16 @@ impl Publish for Nats {
 impl Broker for Nats {
     async fn publisher(&self) -> Result<Option<Box<dyn Publish>>, BrokerError> {
         let away = |error: StartError| BrokerError::Unavailable(error.to_string());
-        let client = self.entrance.open("publish", None).await.map_err(away)?;
-        let requests = Requests::new(client.clone(), self.settings.request_timeout).await?;
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(client);
-        Ok(Some(Box::new(Publisher { requests: Arc::new(requests), ..self.publisher.clone() })))
+        let (requests, events) = supervise::open_requests(&self.connector, "publish").await.map_err(away)?;
+        let api = Api::new(requests, self.settings.request_timeout);
+        let probe = probe(&self.settings.stream);
+        let kept = supervise::keep_requests("publish", self.connector.clone(), (api.clone(), events), probe);
+        self.publishers().push(kept);
+        Ok(Some(Box::new(Publisher { api, ..self.publisher.clone() })))
     }
 
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
-        self.line.listen(filter).await
+        self.live.subscribe(filter).await
     }
 
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
@@ -221,22 +233,31 @@ impl Broker for Nats {
     }
 
     fn health(&self) -> Health {
-        let connected = |client: &Client| client.connection_state() == State::Connected;
-        if !self.line.is_up() || !self.connections().iter().all(connected) {
-            return Health::Away("not connected to NATS".into());
+        let troubled = |connection: ConnectionState| Some((connection.name, connection.trouble?));
+        if let Some((name, trouble)) = self.connections().into_iter().find_map(troubled) {
+            return Health::Away(format!("no connection to NATS for {name}: {trouble}"));
         }
         let (known, name) = (self.leader.known(), &self.settings.stream.name);
-        match (known.trouble(), known.misfit()) {
+        match (known.trouble(), known.mismatch()) {
             (Some(trouble), _) => Health::Away(format!("stream {name}: {trouble}")),
-            (None, Some(misfit)) => Health::Unfit(format!("the stream {name} does not fit any more: {misfit}")),
+            (None, Some(mismatch)) => Health::Unfit(format!("the stream {name} does not fit any more: {mismatch}")),
             (None, None) => Health::Ready,
         }
     }
 
     fn link(&self) -> Link {
-        let connects = |client: &Client| client.statistics().connects.load(Ordering::Relaxed);
-        let connections = self.connections().iter().map(connects).sum::<u64>() + *self.line.connections().borrow();
-        Link { connections, round_trip: self.leader.known().round_trip() }
+        let publishers: u64 = self.publishers().iter().map(|kept| kept.status.made()).sum();
+        let others = [&self.to_leader, &self.to_history, self.live.kept()].map(|kept| kept.status.made());
+        let mut connections = self.connections();
+        if let Some(leader) = connections.iter_mut().find(|connection| connection.name == "leader") {
+            // What it is for is an answer of the stream's leader.
+            leader.trouble = leader.trouble.take().or_else(|| self.leader.known().trouble());
+        }
+        Link {
+            connections: publishers + others.iter().sum::<u64>(),
+            round_trip: self.leader.known().round_trip(),
+            states: connections,
+        }
     }
 
     fn describe(&self) -> String {
@@ -246,6 +267,6 @@ impl Broker for Nats {
 
 impl Drop for Nats {
     fn drop(&mut self) {
-        self.watch.abort();
+        self.monitor.abort();
     }
 }

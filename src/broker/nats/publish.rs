@@ -1,11 +1,8 @@
 //! Publishing into the stream, and what its answer means. An outcome is called certain only when it is.
 
-use std::sync::Arc;
-
 use async_nats::{
     HeaderMap, StatusCode,
     client::PublishErrorKind,
-    connection::State,
     header::{NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, NATS_EXPECTED_STREAM, NATS_MESSAGE_ID, NATS_MESSAGE_TTL},
 };
 use async_trait::async_trait;
@@ -14,7 +11,8 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::{
-    leader::{Leader, Refusal, Requests, Sending, code},
+    api::{Api, Refusal, code},
+    leader::{Leader, Sending},
     message::TYPE,
 };
 use crate::{
@@ -25,7 +23,7 @@ use crate::{
 
 #[derive(Clone)]
 pub(super) struct Publisher {
-    pub requests: Arc<Requests>,
+    pub api: Api,
     pub leader: Leader,
     pub stream: String,
     pub prefix: String,
@@ -48,11 +46,9 @@ impl Publish for Publisher {
     ///
     /// What is large, or seldom needed, is boxed: of more than a kilobyte glibc takes ten times as long to find a place.
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
-        let requests = &self.requests;
         // Not connected: async-nats would keep the event and send it after we have said that it was not stored.
-        if requests.client.connection_state() != State::Connected {
-            return Err(PublishError::Unavailable);
-        }
+        let requests = self.api.current().filter(|requests| requests.is_connected());
+        let requests = requests.ok_or(PublishError::Unavailable)?;
         let after = match publication.condition {
             None => None,
             Some(Condition::NoneYet) => Some(0),
@@ -75,7 +71,7 @@ impl Publish for Publisher {
         }
 
         let sending = self.leader.sending();
-        let mut reply = requests.inbox().expect();
+        let mut reply = requests.expect();
         let (to, reply_to) = (subject.clone(), reply.subject.clone());
         let sent = requests.client.publish_with_reply_and_headers(to, reply_to, headers, publication.payload);
         match tokio::time::timeout(self.timeout, Box::pin(sent)).await {

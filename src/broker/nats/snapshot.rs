@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::{
     batch::{Batch, End},
-    read::History,
+    history::History,
 };
 use crate::{
     broker::{BrokerError, From, Page, Read, SnapshotPage, SnapshotRead},

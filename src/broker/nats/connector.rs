@@ -1,42 +1,37 @@
-//! Which servers there are, and how they let this gateway in: the same for connections of async-nats, and for the line.
+//! The servers of the settings, and how they let this gateway in: the same for connections of async-nats, and for those
+//! of [`crate::nats`].
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::time::Duration;
 
-use async_nats::{AuthError, Client, ConnectErrorKind, ConnectOptions, ServerAddr};
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
-use nkeys::KeyPair;
+use async_nats::{AuthError, Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
 use percent_encoding::percent_decode_str;
-use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
-use super::start::StartError;
-use crate::config;
+use super::provision::StartError;
+use crate::{
+    config,
+    nats::{self, Credentials, ServerAddress},
+};
 
+/// A server that leaves three of these unanswered is given up for another: a frozen one is noticed within five seconds.
+const PING: Duration = Duration::from_millis(1500);
 /// Every reply subject begins so; a user needs the permission to subscribe to no other inbox.
-const INBOX: &str = "_INBOX_tidegate";
-/// A server that does not answer two of these is given up for another: a frozen one is noticed within 15 seconds.
-pub(super) const PING: Duration = Duration::from_secs(5);
+pub(super) const INBOX: &str = "_INBOX_tidegate";
 
-pub(super) struct Entrance {
-    pub servers: Vec<ServerAddr>,
+pub(super) struct Connector {
+    servers: Vec<ServerAddr>,
     user: Option<(String, String)>,
     token: Option<String>,
     credentials: Option<Credentials>,
-    /// How long a server may take to let somebody in.
+    /// How long a server may take to let a connection in.
     pub timeout: Duration,
     subscription_messages: usize,
     /// The servers without user and password.
     pub at: String,
 }
 
-/// Who a user is, and the key that proves it.
-#[derive(Clone)]
-struct Credentials {
-    jwt: String,
-    key: Arc<KeyPair>,
-}
-
-impl Entrance {
-    pub fn parse(settings: &config::Nats) -> Result<Entrance, StartError> {
+impl Connector {
+    pub fn parse(settings: &config::Nats) -> Result<Connector, StartError> {
         let mut servers = vec![];
         let (mut user, mut token) = (None, None);
         for text in settings.url.split(',').map(str::trim) {
@@ -55,7 +50,7 @@ impl Entrance {
         let at = servers.iter().map(|server| format!("{}:{}", server.host(), server.port())).collect::<Vec<_>>();
         let path = &settings.credentials;
         let credentials = (!path.as_os_str().is_empty()).then(|| Credentials::read(path)).transpose();
-        Ok(Entrance {
+        Ok(Connector {
             servers,
             user,
             token,
@@ -66,8 +61,9 @@ impl Entrance {
         })
     }
 
-    /// Opens one connection, named for what it is used for, which then reconnects by itself for ever.
-    pub async fn open(&self, purpose: &str, subscription_messages: Option<usize>) -> Result<Client, StartError> {
+    /// Opens a connection of async-nats, named for what it is used for, which then reconnects by itself. What happens to
+    /// it is sent to `events`, as long as there is room.
+    pub async fn open(&self, purpose: &str, events: mpsc::Sender<Event>) -> Result<Client, StartError> {
         let mut options = ConnectOptions::new()
             .name(name(purpose))
             .custom_inbox_prefix(INBOX)
@@ -75,15 +71,22 @@ impl Entrance {
             .ping_interval(PING)
             // A subject of ours is a valid one, and names and prefixes have been checked: once is enough.
             .skip_subject_validation(true)
-            .subscription_capacity(subscription_messages.unwrap_or(self.subscription_messages));
+            .subscription_capacity(self.subscription_messages)
+            .event_callback(move |event| {
+                // Where there is no room, a check of the connection is due anyway.
+                let _ = events.try_send(event);
+                std::future::ready(())
+            });
         if let Some((user, password)) = &self.user {
             options = options.user_and_password(user.clone(), password.clone());
         }
         if let Some(token) = &self.token {
             options = options.token(token.clone());
         }
-        if let Some(Credentials { jwt, key }) = self.credentials.clone() {
-            options = options.jwt(jwt, move |nonce| std::future::ready(key.sign(&nonce).map_err(AuthError::new)));
+        if let Some(credentials) = self.credentials.clone() {
+            options = options.jwt(credentials.jwt.clone(), move |nonce| {
+                std::future::ready(credentials.sign(&nonce).ok_or_else(|| AuthError::new("the key can't sign")))
+            });
         }
         options.connect(self.servers.as_slice()).await.map_err(|error| match error.kind() {
             ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
@@ -96,43 +99,21 @@ impl Entrance {
         })
     }
 
-    /// How to introduce oneself to a server that gave this to be signed, on a connection that async-nats knows nothing
-    /// of.
-    pub fn introduction(&self, purpose: &str, nonce: &str) -> Value {
-        let signature = |credentials: &Credentials| credentials.key.sign(nonce.as_bytes()).ok();
-        json!({
-            "name": name(purpose),
-            "lang": "rust",
-            "version": env!("CARGO_PKG_VERSION"),
-            "verbose": false,
-            "pedantic": false,
-            // Tells of the cluster's servers while it lasts.
-            "protocol": 1,
-            "headers": true,
-            "user": self.user.as_ref().map(|(user, _)| user),
-            "pass": self.user.as_ref().map(|(_, password)| password),
-            "auth_token": self.token,
-            "jwt": self.credentials.as_ref().map(|credentials| &credentials.jwt),
-            "sig": self.credentials.as_ref().and_then(signature).map(|bytes| URL_SAFE_NO_PAD.encode(bytes)),
-        })
-    }
-}
-
-impl Credentials {
-    fn read(path: &Path) -> Result<Credentials, String> {
-        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
-        Credentials::parse(&text).ok_or_else(|| "it has no JWT and seed of a user".to_owned())
-    }
-
-    /// Each of the two stands after a line of its own.
-    fn parse(text: &str) -> Option<Credentials> {
-        let mut lines = text.lines().map(str::trim);
-        let mut next = || {
-            lines.find(|line| line.starts_with("---") && line.contains("BEGIN"))?;
-            lines.next()
+    /// The same for connections of our own client.
+    pub fn options(&self, purpose: &str) -> nats::ConnectOptions {
+        let address = |server: &ServerAddr| ServerAddress {
+            host: server.host().trim_matches(['[', ']']).to_owned(),
+            port: server.port(),
+            tls: server.tls_required(),
         };
-        let (jwt, seed) = (next()?, next()?);
-        Some(Credentials { jwt: jwt.to_owned(), key: Arc::new(KeyPair::from_seed(seed).ok()?) })
+        nats::ConnectOptions {
+            servers: self.servers.iter().map(address).collect(),
+            name: name(purpose),
+            user: self.user.clone(),
+            token: self.token.clone(),
+            credentials: self.credentials.clone(),
+            timeout: self.timeout,
+        }
     }
 }
 
@@ -149,16 +130,18 @@ fn without_user(address: &str) -> String {
 mod tests {
     use super::*;
 
-    fn entrance(url: &str) -> Result<Entrance, StartError> {
+    fn connector(url: &str) -> Result<Connector, StartError> {
         let settings = config::Config::load(None, vec![("nats.url", url.into())]).unwrap().nats;
-        Entrance::parse(&settings)
+        Connector::parse(&settings)
     }
 
     #[test]
     fn passwords_are_used_and_never_shown() {
-        let entrance = entrance("nats://gate%40way:p%3As%2Fs@one:4222, tls://two").unwrap();
-        assert_eq!(entrance.user, Some(("gate@way".into(), "p:s/s".into())));
-        assert_eq!(entrance.at, "one:4222,two:4222");
+        let connector = connector("nats://gate%40way:p%3As%2Fs@one:4222, tls://two, nats://[::1]:4223").unwrap();
+        assert_eq!(connector.user, Some(("gate@way".into(), "p:s/s".into())));
+        assert_eq!(connector.at, "one:4222,two:4222,::1:4223");
+        let servers = connector.options("test").servers;
+        assert_eq!((&*servers[1].host, servers[1].tls, &*servers[2].host), ("two", true, "::1"));
     }
 
     #[test]
@@ -166,7 +149,7 @@ mod tests {
         for url in
             ["nats://user:secret@", "http://user:secret@host", "nats://user:secret@host:99999", "user:secret@ho st"]
         {
-            let error = entrance(url).map(|_| ()).unwrap_err().to_string();
+            let error = connector(url).map(|_| ()).unwrap_err().to_string();
             assert!(error.contains("is no address") && !error.contains("secret"), "{url}: {error}");
         }
     }

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::OptionFuture;
 use tokio::time::MissedTickBehavior;
 
-use super::{leader::Leader, stream::Fitness, switchboard::Switchboard};
+use super::{leader::Leader, live::Router, requirements::Requirements};
 use crate::backoff::Backoff;
 
 /// A cluster's other servers learn of a new subscription, and a new leader of all that was stored, a little later than
@@ -15,9 +15,9 @@ const SECOND_DOUBT: Duration = Duration::from_millis(500);
 /// How often the leader is asked whether the stream is there, the same, and as it must be.
 const ASK: Duration = Duration::from_secs(5);
 
-/// Moves the doubts and settles the switchboard's questions for as long as it runs.
-pub(super) async fn watch(leader: Leader, fitness: Fitness, switchboard: Arc<Switchboard>) {
-    let mut questions = switchboard.questions();
+/// Moves the doubts and settles the router's questions for as long as it runs.
+pub(super) async fn watch(leader: Leader, requirements: Requirements, router: Arc<Router>) {
+    let mut questions = router.questions();
     let mut ask = tokio::time::interval(ASK);
     ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut second_doubt, mut asking) = (OptionFuture::default(), OptionFuture::default());
@@ -43,17 +43,17 @@ pub(super) async fn watch(leader: Leader, fitness: Fitness, switchboard: Arc<Swi
         }
         // Anew: what was asked before is no answer to a question that came up since.
         let question = *questions.borrow();
-        asking = Some(Box::pin(settle(&leader, &fitness, &switchboard, question))).into();
+        asking = Some(Box::pin(settle(&leader, &requirements, &router, question))).into();
     }
 }
 
 /// Asks the leader until it answers. It learns of trouble and of another incarnation by itself.
-async fn settle(leader: &Leader, fitness: &Fitness, switchboard: &Switchboard, question: u64) {
+async fn settle(leader: &Leader, requirements: &Requirements, router: &Router, question: u64) {
     let mut backoff = Backoff::default();
     loop {
         if let Ok(info) = leader.info().await {
-            leader.known().judge(&fitness.misfits(&info.config));
-            return switchboard.settle(question);
+            leader.known().judge(&requirements.mismatches(&info.config));
+            return router.settle(question);
         }
         backoff.wait().await;
     }

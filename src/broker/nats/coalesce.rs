@@ -1,18 +1,19 @@
-//! Questions that may share one answer, as long as it was asked for after each of them came: whoever comes while a
+//! Questions that may share one answer, as long as it was asked for after each of them came: a caller that comes while a
 //! round is under way waits for the next. Ten thousand readers that ask at once cost two round trips.
 
-use std::future::Future;
+use std::{future::Future, panic::AssertUnwindSafe};
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot};
 
-/// Who may wait for a round at the same time; the others wait to be let in.
+/// Callers that may wait for a round at the same time; the others wait to be let in.
 const WAITING_MAX: usize = 1024;
 
-pub(super) struct Rounds<T>(mpsc::Sender<oneshot::Sender<T>>);
+pub(super) struct Coalesced<T>(mpsc::Sender<oneshot::Sender<T>>);
 
-impl<T: Clone + Send + 'static> Rounds<T> {
+impl<T: Clone + Send + 'static> Coalesced<T> {
     /// `ask` runs one round. Never two at a time, and none once this handle is dropped.
-    pub fn start<A, F>(ask: A) -> Rounds<T>
+    pub fn start<A, F>(ask: A) -> Coalesced<T>
     where
         A: Fn() -> F + Send + 'static,
         F: Future<Output = T> + Send + 'static,
@@ -20,22 +21,23 @@ impl<T: Clone + Send + 'static> Rounds<T> {
         let (sender, mut arriving) = mpsc::channel::<oneshot::Sender<T>>(WAITING_MAX);
         tokio::spawn(async move {
             while let Some(first) = arriving.recv().await {
-                let mut aboard = vec![first];
+                let mut batch = vec![first];
                 while let Ok(next) = arriving.try_recv() {
-                    aboard.push(next);
+                    batch.push(next);
                 }
-                let answer = ask().await;
-                for waiting in aboard {
-                    // Whoever has gone meanwhile needs no answer.
+                // A round that panics is counted like every panic; those who waited for it are turned away.
+                let Ok(answer) = AssertUnwindSafe(ask()).catch_unwind().await else { continue };
+                for waiting in batch {
+                    // A caller that has gone needs no answer.
                     let _ = waiting.send(answer.clone());
                 }
             }
         });
-        Rounds(sender)
+        Coalesced(sender)
     }
 
-    /// Waits for a round that begins after this call. `None` only while the runtime shuts down.
-    pub async fn join(&self) -> Option<T> {
+    /// Waits for a round that begins after this call. `None` if the round came to nothing.
+    pub async fn get(&self) -> Option<T> {
         let (sender, answer) = oneshot::channel();
         self.0.send(sender).await.ok()?;
         answer.await.ok()
@@ -65,7 +67,7 @@ mod tests {
     #[tokio::test]
     async fn whoever_comes_during_a_round_shares_the_next() {
         let (rounds, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
-        let shared = Rounds::start({
+        let shared = Coalesced::start({
             let (rounds, gate) = (rounds.clone(), gate.clone());
             move || {
                 let (round, gate) = (rounds.fetch_add(1, Ordering::SeqCst) + 1, gate.clone());
@@ -76,12 +78,12 @@ mod tests {
             }
         });
 
-        let mut first = Box::pin(shared.join());
+        let mut first = Box::pin(shared.get());
         assert!(waits(&mut first).await);
         while rounds.load(Ordering::SeqCst) == 0 {
             tokio::task::yield_now().await;
         }
-        let mut later: Vec<_> = (0..100).map(|_| Box::pin(shared.join())).collect();
+        let mut later: Vec<_> = (0..100).map(|_| Box::pin(shared.get())).collect();
         for waiting in &mut later {
             assert!(waits(waiting).await);
         }

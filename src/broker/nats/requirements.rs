@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::start::HEADER_BYTES;
+use super::provision::HEADER_BYTES;
 use crate::config::NatsStream;
 
 const DEFINITION: &str = include_str!("../../../nats/stream.json");
@@ -10,7 +10,7 @@ const DEFINITION: &str = include_str!("../../../nats/stream.json");
 /// A setting with which the promises can't be kept.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("its {setting} is {found}, but must be {wanted}")]
-pub struct Misfit {
+pub struct Mismatch {
     pub setting: &'static str,
     pub found: String,
     pub wanted: String,
@@ -19,18 +19,18 @@ pub struct Misfit {
 }
 
 /// What a stream must be for this gateway.
-pub(super) struct Fitness {
+pub(super) struct Requirements {
     settings: NatsStream,
     message_bytes: usize,
 }
 
-impl Fitness {
-    pub fn new(settings: NatsStream, event_bytes: usize) -> Fitness {
-        Fitness { settings, message_bytes: event_bytes.saturating_add(HEADER_BYTES) }
+impl Requirements {
+    pub fn new(settings: NatsStream, event_bytes: usize) -> Requirements {
+        Requirements { settings, message_bytes: event_bytes.saturating_add(HEADER_BYTES) }
     }
 
-    pub fn misfits(&self, config: &Value) -> Vec<Misfit> {
-        misfits(config, &self.settings, self.message_bytes)
+    pub fn mismatches(&self, config: &Value) -> Vec<Mismatch> {
+        mismatches(config, &self.settings, self.message_bytes)
     }
 }
 
@@ -47,11 +47,11 @@ pub(super) fn definition(settings: &NatsStream) -> Value {
 /// Everything about `config` that breaks a promise.
 ///
 /// Settings that the promises do not depend on (limits, storage, replicas, placement, compression) are the operator's.
-fn misfits(config: &Value, settings: &NatsStream, message_bytes: usize) -> Vec<Misfit> {
-    let mut misfits = vec![];
+fn mismatches(config: &Value, settings: &NatsStream, message_bytes: usize) -> Vec<Mismatch> {
+    let mut mismatches = vec![];
     let mut must = |setting: &'static str, fits: bool, wanted: Value, mend: Option<Value>| {
         if !fits {
-            misfits.push(Misfit {
+            mismatches.push(Mismatch {
                 setting,
                 found: config[setting].to_string(),
                 wanted: wanted.as_str().map_or_else(|| wanted.to_string(), str::to_owned),
@@ -100,13 +100,13 @@ fn misfits(config: &Value, settings: &NatsStream, message_bytes: usize) -> Vec<M
     }
     // An acknowledged event could be lost, and its sequence given to another.
     must("persist_mode", config["persist_mode"] != "async", json!("default"), None);
-    misfits
+    mismatches
 }
 
 /// `config` with what may be mended mended and all else as it was, or the first setting that may not be.
-pub(super) fn mended(mut config: Value, misfits: &[Misfit]) -> Result<Value, Misfit> {
-    for misfit in misfits {
-        config[misfit.setting] = misfit.mend.clone().ok_or_else(|| misfit.clone())?;
+pub(super) fn mended(mut config: Value, mismatches: &[Mismatch]) -> Result<Value, Mismatch> {
+    for mismatch in mismatches {
+        config[mismatch.setting] = mismatch.mend.clone().ok_or_else(|| mismatch.clone())?;
     }
     Ok(config)
 }
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn the_definition_fits() {
-        assert_eq!(misfits(&definition(&settings()), &settings(), 1_004_096), []);
+        assert_eq!(mismatches(&definition(&settings()), &settings(), 1_004_096), []);
     }
 
     #[test]
@@ -168,9 +168,9 @@ mod tests {
             let mut config = definition(&settings());
             config[setting] = value;
 
-            let found = misfits(&config, &settings(), 1_004_096);
+            let found = mismatches(&config, &settings(), 1_004_096);
 
-            assert_eq!(found.iter().map(|misfit| misfit.setting).collect::<Vec<_>>(), [setting]);
+            assert_eq!(found.iter().map(|mismatch| mismatch.setting).collect::<Vec<_>>(), [setting]);
             assert_eq!(mended(config, &found).is_ok(), mendable, "{setting}");
         }
     }
@@ -184,7 +184,7 @@ mod tests {
         let mut wanted = config.clone();
         wanted["allow_direct"] = json!(true);
 
-        let found = misfits(&config, &settings(), 0);
+        let found = mismatches(&config, &settings(), 0);
 
         assert_eq!(mended(config, &found), Ok(wanted));
     }
@@ -193,6 +193,6 @@ mod tests {
     fn a_compacted_stream_may_limit_its_subjects() {
         let mut config = definition(&settings());
         config["max_msgs_per_subject"] = json!(1);
-        assert_eq!(misfits(&config, &NatsStream { compacted: true, ..settings() }, 0), []);
+        assert_eq!(mismatches(&config, &NatsStream { compacted: true, ..settings() }, 0), []);
     }
 }

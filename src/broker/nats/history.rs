@@ -11,8 +11,9 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{
+    api::RequestError,
     batch::{Batch, Batches, End, SILENCE},
-    leader::{Leader, RequestError},
+    leader::Leader,
 };
 use crate::{
     broker::{Bounds, BrokerError, From, LastKnown, Page, Read},

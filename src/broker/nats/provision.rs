@@ -6,9 +6,10 @@ use async_nats::Client;
 use serde_json::json;
 
 use super::{
-    entrance::Entrance,
-    leader::{self, Info, RequestError, Requests, code},
-    stream::{self, Fitness, Misfit},
+    api::{Api, RequestError, code},
+    connector::Connector,
+    leader::{self, Info},
+    requirements::{self, Mismatch, Requirements},
 };
 use crate::config;
 
@@ -40,8 +41,8 @@ pub enum StartError {
         "there is no stream {stream}: make it (nats stream add --config nats/stream.json), or set nats.stream.manage"
     )]
     NoStream { stream: String },
-    #[error("the stream {stream} does not fit: {misfit}; {mend}")]
-    Misfit { stream: String, misfit: Box<Misfit>, mend: &'static str },
+    #[error("the stream {stream} does not fit: {mismatch}; {mend}")]
+    Mismatch { stream: String, mismatch: Box<Mismatch>, mend: &'static str },
     #[error("the stream {stream} could not be {attempt}: {why}; {mend}")]
     Refused { stream: String, attempt: &'static str, why: String, mend: &'static str },
     #[error(
@@ -53,17 +54,17 @@ pub enum StartError {
 const BY_HAND: &str = "nothing was changed: change it (nats stream edit), or name another stream in nats.stream.name";
 
 /// What is missing before a stream can be used.
-pub(super) enum Need {
+pub(super) enum Plan {
     Nothing(Box<Info>),
     Making,
-    /// To this configuration; a misfit that is mended by it.
+    /// To this configuration; a mismatch that is mended by it.
     Mending {
-        misfit: Box<Misfit>,
+        mismatch: Box<Mismatch>,
         config: serde_json::Value,
     },
 }
 
-impl Entrance {
+impl Connector {
     /// Whether the server can do what is needed of it.
     pub fn check_server(&self, client: &Client, event_bytes: usize) -> Result<(), StartError> {
         let server = client.server_info();
@@ -81,59 +82,55 @@ impl Entrance {
     /// The stream, made or mended if that is wanted and needed.
     pub async fn stream(
         &self,
-        requests: &Requests,
+        api: &Api,
         settings: &config::NatsStream,
         event_bytes: usize,
     ) -> Result<Info, StartError> {
         // Made by another gateway meanwhile, it may have to be mended.
         for _ in 0..2 {
-            match self.need(requests, settings, event_bytes).await? {
-                Need::Nothing(info) => return Ok(*info),
-                Need::Making => self.change(requests, settings, "made", stream::definition(settings)).await?,
-                Need::Mending { config, .. } => self.change(requests, settings, "mended", config).await?,
+            match self.plan(api, settings, event_bytes).await? {
+                Plan::Nothing(info) => return Ok(*info),
+                Plan::Making => self.change(api, settings, "made", requirements::definition(settings)).await?,
+                Plan::Mending { config, .. } => self.change(api, settings, "mended", config).await?,
             }
         }
         let stream = settings.name.clone();
-        match self.need(requests, settings, event_bytes).await? {
-            Need::Nothing(info) => Ok(*info),
-            Need::Making => Err(StartError::NoStream { stream }),
-            Need::Mending { misfit, .. } => Err(StartError::Misfit { stream, misfit, mend: BY_HAND }),
+        match self.plan(api, settings, event_bytes).await? {
+            Plan::Nothing(info) => Ok(*info),
+            Plan::Making => Err(StartError::NoStream { stream }),
+            Plan::Mending { mismatch, .. } => Err(StartError::Mismatch { stream, mismatch, mend: BY_HAND }),
         }
     }
 
     /// What has to be done before the stream can be used. Changes nothing.
-    pub async fn need(
-        &self,
-        requests: &Requests,
-        settings: &config::NatsStream,
-        event_bytes: usize,
-    ) -> Result<Need, StartError> {
+    pub async fn plan(&self, api: &Api, settings: &config::NatsStream, event_bytes: usize) -> Result<Plan, StartError> {
         let name = &settings.name;
-        let info = match leader::info_of(requests, name).await {
+        let info = match leader::info_of(api, name).await {
             Ok(info) => info,
             Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NOT_FOUND => {
                 return if settings.manage {
-                    Ok(Need::Making)
+                    Ok(Plan::Making)
                 } else {
                     Err(StartError::NoStream { stream: name.clone() })
                 };
             }
             Err(error) => return Err(self.unanswered(error, format!("$JS.API.STREAM.INFO.{name}"))),
         };
-        let misfits = Fitness::new(settings.clone(), event_bytes).misfits(&info.config);
-        let Some(first) = misfits.first() else { return Ok(Need::Nothing(Box::new(info))) };
-        let misfit = |misfit, mend| StartError::Misfit { stream: name.clone(), misfit: Box::new(misfit), mend };
+        let mismatches = Requirements::new(settings.clone(), event_bytes).mismatches(&info.config);
+        let Some(first) = mismatches.first() else { return Ok(Plan::Nothing(Box::new(info))) };
+        let mismatch =
+            |mismatch, mend| StartError::Mismatch { stream: name.clone(), mismatch: Box::new(mismatch), mend };
         if !settings.manage {
-            return Err(misfit(first.clone(), "change it (nats stream edit), or set nats.stream.manage"));
+            return Err(mismatch(first.clone(), "change it (nats stream edit), or set nats.stream.manage"));
         }
-        let config = stream::mended(info.config, &misfits).map_err(|found| misfit(found, BY_HAND))?;
-        Ok(Need::Mending { misfit: Box::new(first.clone()), config })
+        let config = requirements::mended(info.config, &mismatches).map_err(|found| mismatch(found, BY_HAND))?;
+        Ok(Plan::Mending { mismatch: Box::new(first.clone()), config })
     }
 
     /// Makes or updates the stream.
     async fn change(
         &self,
-        requests: &Requests,
+        api: &Api,
         settings: &config::NatsStream,
         attempt: &'static str,
         config: serde_json::Value,
@@ -141,7 +138,7 @@ impl Entrance {
         let name = &settings.name;
         let verb = if attempt == "made" { "CREATE" } else { "UPDATE" };
         let subject = format!("$JS.API.STREAM.{verb}.{name}");
-        match requests.ask(subject.clone(), json!(config)).await {
+        match api.ask(&subject, &json!(config)).await {
             Ok(_) => tracing::info!(stream = %name, "the stream was {attempt}"),
             // Another gateway was faster; what it made is looked at next.
             Err(RequestError::Refused(refusal)) if refusal.err_code == code::STREAM_NAME_IN_USE => {}
