@@ -66,6 +66,9 @@
 //! has what follows, the cursor takes it from there; else it reads pages of history until it is inside the log. If the
 //! stream has dropped what follows 1042, a page says so by its `first`, and the client is told a `tidegate.gap`.
 
+#[cfg(test)]
+extern crate self as tidegate;
+
 pub mod auth;
 pub mod backoff;
 pub mod broker;

@@ -37,6 +37,8 @@ mod publish;
 mod requirements;
 mod snapshot;
 mod supervise;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -168,6 +170,12 @@ impl Nats {
         let broken = publishers.iter().map(state).find(|publisher| publisher.trouble.is_some());
         let publish = broken.unwrap_or(ConnectionState { name: "publish", trouble: None });
         vec![state(self.live.kept()), state(&self.to_history), leader, publish]
+    }
+
+    #[cfg(test)]
+    fn status(&self, connection: &str) -> Arc<supervise::Status> {
+        let kept = [&self.to_leader, &self.to_history, self.live.kept()];
+        kept.into_iter().find(|kept| kept.status.connection == connection).expect("there is one").status.clone()
     }
 
     fn publishers(&self) -> std::sync::MutexGuard<'_, Vec<Kept>> {

@@ -12,10 +12,7 @@
 
 use std::{
     collections::HashSet,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -58,7 +55,19 @@ pub(super) struct Status {
     /// How often it was made.
     made: watch::Sender<u64>,
     complaints: Mutex<HashSet<String>>,
-    dropped: AtomicU64,
+    #[cfg(test)]
+    fault: Mutex<Option<Fault>>,
+}
+
+/// What a test has the task of a connection do.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Fault {
+    Panic,
+    /// For ever.
+    Wait,
+    /// Its thread is held for longer than it takes to be replaced.
+    Block,
 }
 
 impl Status {
@@ -68,7 +77,8 @@ impl Status {
             trouble: Mutex::new(Some("not connected yet".into())),
             made: watch::Sender::new(0),
             complaints: Mutex::default(),
-            dropped: AtomicU64::new(0),
+            #[cfg(test)]
+            fault: Mutex::default(),
         })
     }
 
@@ -89,11 +99,26 @@ impl Status {
         self.made.send_modify(|made| *made += 1);
     }
 
+    #[cfg(test)]
+    pub fn strike_next(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = Some(fault);
+    }
+
+    #[cfg(test)]
+    async fn strike(&self) {
+        let fault = self.fault.lock().unwrap().take();
+        match fault {
+            None => {}
+            Some(Fault::Panic) => panic!("a test wants it"),
+            Some(Fault::Wait) => std::future::pending().await,
+            Some(Fault::Block) => std::thread::sleep(Duration::from_secs(6)),
+        }
+    }
+
     /// Logs what a server complains of, once.
     fn complain(&self, complaint: &str) {
         let mut complaints = self.complaints.lock().unwrap_or_else(PoisonError::into_inner);
         if complaints.len() == COMPLAINTS_MAX || !complaints.insert(complaint.to_owned()) {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }
         let connection = self.connection;
@@ -216,6 +241,8 @@ async fn drive(client: Client, status: Arc<Status>, handler: Arc<impl Handler>) 
     let mut connection = client.connection();
     handler.disconnected();
     loop {
+        #[cfg(test)]
+        status.strike().await;
         match connection.next().await {
             nats::Event::Connected(server) => {
                 tracing::debug!(connection = status.connection, %server, "connected to NATS");
