@@ -65,7 +65,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
                     let mut got: Vec<u64> = vec![];
                     loop {
                         for frame in cursor.next().await {
-                            let text = String::from_utf8_lossy(&frame.block).into_owned();
+                            let text = String::from_utf8_lossy(frame.block.text()).into_owned();
                             assert!(!text.contains("tidegate."), "{text}");
                             got.push(frame.sequence);
                             if text.contains("data: last") {
