@@ -98,6 +98,16 @@ fn curl_reads_over_tls_and_http_2() {
 }
 
 #[test]
+fn what_tells_other_proxies_not_to_hold_events_back_passes_nginx() {
+    let edge = Edge::start();
+    let stream = edge.stream("/events/demo");
+    assert_eq!(stream.head.header("X-Accel-Buffering"), Some("no"));
+    assert_eq!(stream.head.header("Cache-Control"), Some("no-store, no-transform"));
+    assert_eq!(stream.head.header("Content-Type"), Some("text/event-stream"));
+    assert_eq!(stream.head.header("Transfer-Encoding"), Some("chunked"));
+}
+
+#[test]
 fn a_stream_goes_on_at_the_other_gateway() {
     let mut edge = Edge::start();
     let mut stream = edge.stream("/events/demo");
