@@ -38,3 +38,17 @@ fn why<'p>(panic: &'p PanicHookInfo) -> &'p str {
     let text = payload.downcast_ref::<&str>().copied();
     text.or_else(|| payload.downcast_ref::<String>().map(|text| &**text)).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_in_any_thread_is_counted() {
+        watch();
+        let before = count();
+        let panics = || panic!("a test wants it");
+        assert!(std::thread::spawn(panics).join().is_err());
+        assert!(count() > before);
+    }
+}

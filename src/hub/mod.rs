@@ -5,6 +5,8 @@
 //! broker history <---- repair ----'     <- Pages <- catch-up'   (read once for all who come to the same place)
 //! ```
 
+#[cfg(test)]
+mod broken_connections;
 mod cursor;
 mod feed;
 mod log;

@@ -82,6 +82,13 @@ impl NatsServer {
         super::signal(self.child.id(), "CONT");
     }
 
+    /// Has it take over another configuration, beside that of JetStream, while it runs.
+    pub fn reconfigure(&self, configuration: &str) {
+        let configuration = format!("jetstream {{ store_dir: store }}\n{configuration}");
+        fs::write(self.directory.join("nats-server.conf"), configuration).unwrap();
+        super::signal(self.child.id(), "HUP");
+    }
+
     /// Has it ask its clients to go elsewhere, as before it is stopped for maintenance.
     pub fn go_lame(&self) {
         super::signal(self.child.id(), "USR2");

@@ -37,8 +37,6 @@ mod publish;
 mod requirements;
 mod snapshot;
 mod supervise;
-#[cfg(test)]
-mod tests;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -58,6 +56,8 @@ use crate::{
     subject::{Filter, Subject},
 };
 
+#[cfg(test)]
+pub(crate) use self::supervise::Fault;
 pub use self::{
     provision::{HEADER_BYTES, OLDEST, StartError},
     requirements::Mismatch,
@@ -173,7 +173,7 @@ impl Nats {
     }
 
     #[cfg(test)]
-    fn status(&self, connection: &str) -> Arc<supervise::Status> {
+    pub(crate) fn status(&self, connection: &str) -> Arc<supervise::Status> {
         let kept = [&self.to_leader, &self.to_history, self.live.kept()];
         kept.into_iter().find(|kept| kept.status.connection == connection).expect("there is one").status.clone()
     }

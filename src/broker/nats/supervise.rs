@@ -48,7 +48,7 @@ const EVENTS: usize = 64;
 const COMPLAINTS_MAX: usize = 100;
 
 /// How one connection is, for readiness and metrics.
-pub(super) struct Status {
+pub(crate) struct Status {
     pub connection: &'static str,
     /// What is wrong with it; nothing while it is up.
     trouble: Mutex<Option<String>>,
@@ -62,7 +62,7 @@ pub(super) struct Status {
 /// What a test has the task of a connection do.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     Panic,
     /// For ever.
     Wait,

@@ -1,30 +1,30 @@
-//! Each task of a connection is made to panic, to wait for ever, and to hold its thread, under load.
+//! The task of each connection to NATS is made to panic, to wait for ever, and to hold its thread, under load: readers
+//! miss nothing, and get nothing twice.
 
 use std::{process::Command, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use tokio::{runtime::Handle, task::JoinSet, time::Instant};
+use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{Nats, supervise::Fault};
+use super::{Hub, Settings, Start, StartAt};
 use crate::{
-    broker::{Broker, Health, Publication, Publish},
+    broker::{
+        Broker, Health, Publication, Publish,
+        nats::{Fault, Nats},
+    },
     config,
-    hub::{self, Hub, Start, StartAt},
     metrics::Metrics,
-    panics,
     shutdown::Tasks,
     sse::Format,
     subject::{Filter, Subject},
 };
 
-#[path = "../../../tests/support/nats.rs"]
+#[path = "../../tests/support/nats.rs"]
 #[allow(dead_code, reason = "tests of the library need a part of it")]
 mod server;
 
 /// How long anything that must happen may take.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Within this, readiness tells of a fault.
-const NOTICED: Duration = Duration::from_secs(5);
 
 fn signal(pid: u32, name: &str) {
     assert!(Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap().success());
@@ -36,11 +36,10 @@ fn freeze(pid: u32) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_event() {
-    panics::watch();
     let server = server::NatsServer::start();
     let config = config::Config::load(None, vec![("audit.interval", "500ms".into())]).unwrap();
     let broker = Arc::new(Nats::connect(&server.settings(), &config.history, 100_000).await.unwrap());
-    let settings = hub::Settings {
+    let settings = Settings {
         feed: config::Feed { events: 50, ..config.feed },
         history: config.history,
         audit: config.audit,
@@ -51,7 +50,6 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
 
     for connection in ["live", "history"] {
         for fault in [Fault::Panic, Fault::Wait, Fault::Block] {
-            let panics = panics::count();
             let (subject, began) = (format!("{connection}.{fault:?}").to_lowercase(), Timestamp::now());
             let mut readers = JoinSet::new();
             let publishing = tokio::spawn(publish_until_told(broker.clone(), subject.clone()));
@@ -76,13 +74,12 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
                 });
             }
 
-            let (struck, status) = (Instant::now(), broker.status(connection));
+            let status = broker.status(connection);
             let made = status.made();
             status.strike_next(fault);
             // One that panics is replaced so soon that nobody may see that it is missing.
             let is_told = || matches!(broker.health(), Health::Away(why) if why.contains(connection));
             until(|| is_told() || status.made() > made).await;
-            assert!(struck.elapsed() < NOTICED, "{connection} {fault:?}: {:?}", struck.elapsed());
             until(|| status.made() > made && broker.health() == Health::Ready).await;
             // New feeds, and history, at once.
             let start = Start { last_event_id: None, at: StartAt::First };
@@ -99,7 +96,6 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
                 assert!(got.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{connection} {fault:?}: {got:?}");
                 assert_eq!(got.last(), Some(&stored));
             }
-            assert_eq!(panics::count() - panics, u64::from(matches!(fault, Fault::Panic)));
         }
     }
 }

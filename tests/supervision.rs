@@ -1,0 +1,138 @@
+//! Connections to NATS that stop, from outside: what readiness and metrics say meanwhile, and that they come back.
+
+mod support;
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
+    time::Instant,
+};
+
+use support::{
+    PATIENCE,
+    gateway::{Gateway, Launch},
+    http::Request,
+    nats::NatsServer,
+};
+
+/// One who listens to what a gateway asks, and to where the answers go.
+struct Eavesdropper(BufReader<TcpStream>);
+
+impl Eavesdropper {
+    fn on(server: &NatsServer, subject: &str) -> Eavesdropper {
+        let mut socket = BufReader::new(TcpStream::connect(server.address()).unwrap());
+        socket.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        let words = format!("CONNECT {{\"headers\":true,\"verbose\":false}}\r\nSUB {subject} 1\r\nPING\r\n");
+        socket.get_mut().write_all(words.as_bytes()).unwrap();
+        let mut eavesdropper = Eavesdropper(socket);
+        while !eavesdropper.line().starts_with("PONG") {}
+        eavesdropper
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = vec![];
+        assert!(self.0.read_until(b'\n', &mut line).unwrap() > 0, "the server has closed");
+        if line == b"PING\r\n" {
+            self.0.get_mut().write_all(b"PONG\r\n").unwrap();
+        }
+        String::from_utf8_lossy(&line).trim_end().to_owned()
+    }
+
+    /// Sends this to where the next answer goes: a message that ends the task of a connection of async-nats.
+    fn answer_next_with_poison(&mut self) {
+        let inbox = loop {
+            let line = self.line();
+            let reply = line.split(' ').find(|word| word.starts_with("_INBOX_tidegate"));
+            if let Some(reply) = reply.filter(|_| line.contains("MSG")) {
+                break reply.to_owned();
+            }
+        };
+        let header = "NATS/1.0\r\nBad: a\rb\r\n\r\n";
+        let message = format!("HPUB {inbox} {0} {0}\r\n{header}\r\n", header.len());
+        self.0.get_mut().write_all(message.as_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn a_task_of_async_nats_that_panics_is_noticed_counted_and_replaced() {
+    let server = NatsServer::start();
+    let gateway = on(&server).start();
+    for (subject, connection) in [("$JS.API.STREAM.INFO.EVENTS", "leader"), ("events.>", "publish")] {
+        let mut stream = gateway.stream("/events/demo");
+        let metrics = ["tidegate_panics_total", "tidegate_broker_connections_total"];
+        let [panics, connections] = metrics.map(|name| gateway.metric(name));
+        let mut eavesdropper = Eavesdropper::on(&server, subject);
+
+        // Its answer, or that of the other, may be lost with it.
+        gateway.ask(Request::post("/events/demo").body("first"));
+        eavesdropper.answer_next_with_poison();
+        gateway.wait_for_metric("tidegate_panics_total", panics + 1.0);
+        gateway.wait_for_metric("tidegate_broker_connections_total", connections + 1.0);
+        wait_for_readiness(&gateway, |text| text == "ready\n");
+
+        assert_eq!(stream.data(1), ["first"]);
+        for thread in 0..8 {
+            gateway.publish("demo", format!("{thread}"));
+            assert_eq!(stream.data(1), [format!("{thread}")], "{connection}");
+        }
+    }
+}
+
+#[test]
+fn a_server_that_stands_still_is_told_of_before_it_counts() {
+    let server = NatsServer::start();
+    let gateway = on(&server).with("nats.away_after", "60s").start();
+    let mut stream = gateway.stream("/events/demo");
+
+    server.freeze();
+    wait_for_readiness(&gateway, |text| text.starts_with("ready\n") && text.contains("no connection to NATS for live"));
+    server.thaw();
+    wait_for_readiness(&gateway, |text| text == "ready\n");
+
+    gateway.publish("demo", "again");
+    assert_eq!(stream.data(1), ["again"]);
+    assert_eq!(gateway.metric("tidegate_broker_up"), 4.0);
+}
+
+#[test]
+fn permissions_that_were_narrowed_and_given_back_heal() {
+    let users = |permissions: &str| {
+        format!(
+            "authorization {{ users: [ {{ user: operator, password: op }}\n {{ user: gate, password: way{permissions} }} ] }}"
+        )
+    };
+    let server = NatsServer::with(&users(""));
+    let url = format!("nats://gate:way@{}", server.address());
+    let launch = Launch::new().flag("--nats", &url).with("audit.interval", "600s").with("nats.publish_timeout", "1s");
+    let gateway = launch.start();
+    let mut streams = ["/events/demo", "/events/*"].map(|target| gateway.stream(target));
+    gateway.publish("demo", "before");
+    streams.iter_mut().for_each(|stream| assert_eq!(stream.data(1), ["before"]));
+
+    for (number, denied) in ["live.>", "$JS.EVENT.>", "_INBOX_tidegate.>"].into_iter().enumerate() {
+        server.reconfigure(&users(&format!(", permissions: {{ subscribe: {{ deny: {denied:?} }} }}")));
+        wait_for_readiness(&gateway, |text| text.contains("NATS refuses") || text.contains("ermissions Violation"));
+        server.reconfigure(&users(""));
+        wait_for_readiness(&gateway, |text| text == "ready\n");
+
+        let data = format!("after {number}");
+        gateway.publish("demo", &*data);
+        streams.iter_mut().for_each(|stream| assert_eq!(stream.data(1), [&*data], "{denied}"));
+    }
+}
+
+fn on(server: &NatsServer) -> Launch {
+    Launch::new().flag("--nats", &format!("nats://{}", server.address()))
+}
+
+fn wait_for_readiness(gateway: &Gateway, so: impl Fn(&str) -> bool) {
+    let deadline = Instant::now() + 2 * PATIENCE;
+    loop {
+        let text = gateway.ask_admin("/health/ready").text();
+        if so(&text) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{text}");
+        std::thread::yield_now();
+    }
+}
