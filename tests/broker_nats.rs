@@ -494,6 +494,9 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
     for (setting, value) in [
         ("republish", Value::Null),
         ("republish", json!({ "src": "events.>", "dest": "elsewhere.>" })),
+        // Under its own id, each event would be empty, or another's.
+        ("republish", json!({ "src": "events.>", "dest": "live.events.>", "headers_only": true })),
+        ("republish", json!({ "src": "events.>", "dest": "live.events.a.>" })),
         ("allow_direct", json!(false)),
         ("subjects", json!(["events.>", "more.>"])),
         ("max_msgs_per_subject", json!(1000)),
@@ -512,6 +515,7 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
                 let mut got = vec![];
                 while got.len() < 2 {
                     let frames = tokio::time::timeout(PATIENCE, cursor.next()).await.expect("frames in time");
+                    assert!(frames.iter().all(|frame| frame.block.text().starts_with(b"data: {}\n")), "{setting}");
                     got.extend(frames.iter().map(|frame| frame.sequence));
                 }
                 assert_eq!(got, [sequence - 1, sequence], "{setting}");

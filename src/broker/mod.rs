@@ -231,6 +231,8 @@ pub struct Link {
     pub round_trip: Duration,
     /// Each kind of connection, of those that the broker has.
     pub states: Vec<ConnectionState>,
+    /// What costs the broker time, though it keeps its promises.
+    pub warning: Option<String>,
 }
 
 /// One kind of connection to a broker, and what is wrong with it, if anything is.

@@ -48,7 +48,7 @@ pub async fn ready(app: web::Data<App>) -> HttpResponse {
             away("full: there is no room for another stream")
         }
         Health::Away(why) => ready(&format!("for a short time: {why}")),
-        Health::Ready => ready(""),
+        Health::Ready => ready(&app.broker.link().warning.unwrap_or_default()),
     }
 }
 

@@ -3,12 +3,13 @@
 //! Each message names the one before it in the batch, and the end names the last: an answer is taken as far as that
 //! chain holds, and no further.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 
 use super::{
     api::RequestError,
+    leader::Known,
     message::{self, Delivered},
     supervise::Handler,
 };
@@ -22,8 +23,13 @@ pub(super) const SUBJECTS_MAX: usize = 1024;
 /// How long a replica may say nothing. One that froze is asked all the same until its cluster gives it up.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
 
+/// How often another replica is asked for because a mirror answered. Mirrors and the stream's own replicas take turns at
+/// random, but for servers that have only a mirror, which answers each time.
+const MIRROR_TRIES: usize = 10;
+
 pub(super) struct Batches {
     pub requests: Requests,
+    pub known: Arc<Known>,
     /// The most messages of one answer.
     pub replies_max: usize,
     pub stream: String,
@@ -60,8 +66,20 @@ impl Handler for Requests {
 }
 
 impl Batches {
+    /// Asks again while a mirror of the stream answers in its place, which holds what it holds.
+    ///
     /// On cancellation the rest of the answer is dropped where it arrives.
     pub async fn get(&self, query: &Value) -> Result<Batch, RequestError> {
+        let mut answer = self.get_once(query).await;
+        for _ in 1..MIRROR_TRIES {
+            let Err(RequestError::Mirror(name)) = &answer else { break };
+            self.known.saw_mirror(name);
+            answer = self.get_once(query).await;
+        }
+        answer
+    }
+
+    async fn get_once(&self, query: &Value) -> Result<Batch, RequestError> {
         let subject = format!("$JS.API.DIRECT.GET.{}", self.stream);
         let sent = self.requests.send(&subject, query.to_string().as_bytes(), self.replies_max);
         let mut answers = sent.ok_or(RequestError::NotConnected)?;

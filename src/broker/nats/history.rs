@@ -27,6 +27,8 @@ const TIME_MAX: Timestamp = Timestamp::constant(7_258_118_400, 0);
 const ATTEMPTS: usize = 3;
 /// How many messages the leader is asked for, one by one, where a replica fails.
 const ONE_BY_ONE: usize = 16;
+/// How often what was read is read again, where nothing comes.
+const REREADS: usize = 10;
 /// How often, and how far apart, a leader is asked that is behind a replica. It is never for long.
 const LEADER_TRIES: usize = 50;
 const LEADER_PAUSE: Duration = Duration::from_millis(10);
@@ -78,11 +80,16 @@ impl History {
             "max_bytes": self.page_bytes,
         });
         let batch = match self.batches.get(&query).await {
-            // Direct reads were switched off: the leader tells as well, only slowly.
-            Err(RequestError::NoResponders) => Batch { events: vec![], end: End::Broken },
+            // Direct reads were switched off, or only mirrors answer: the leader tells as well, only slowly.
+            Err(RequestError::NoResponders | RequestError::Mirror(_)) => Batch { events: vec![], end: End::Broken },
             batch => batch?,
         };
-        self.check_that_nothing_was_dropped_meanwhile(sequences_with_holes(&batch.events), &filter).await?;
+        let shown = sequences_with_holes(&batch.events);
+        let batch = match self.was_nothing_dropped_meanwhile(shown, &filter).await? {
+            true => batch,
+            // Nobody but mirrors answers.
+            false => Batch { events: vec![], end: End::Broken },
+        };
         let Batch { events, end } = self.fill_in(batch, start, &filter).await?;
 
         let proven = events.last().map_or(start, |event| event.sequence);
@@ -116,18 +123,27 @@ impl History {
     async fn before_last(&self, filter: &str, count: u64) -> Result<u64, BrokerError> {
         let bounds = self.leader.info().await?.bounds;
         let (mut low, mut high) = (bounds.first, bounds.last.saturating_add(1));
+        let mut tries = 0;
         while low < high {
             let middle = low + (high - low) / 2;
             let query = json!({ "seq": middle, "next_by_subj": filter, "batch": 1 });
-            let Batch { events, end } = self.batches.get(&query).await?;
+            let Batch { events, end } = match self.batches.get(&query).await {
+                Err(RequestError::Mirror(_)) => Batch { events: vec![], end: End::Broken },
+                batch => batch?,
+            };
             match (events.first(), end) {
-                (None, End::Nothing) => high = middle,
+                // A replica that lags, or a mirror, may say so of what it only lacks.
+                (None, End::Nothing) if self.leader.next(middle, filter).await?.is_none() => high = middle,
                 (Some(event), End::Whole { pending, .. }) if pending >= count => low = event.sequence.saturating_add(1),
                 (Some(event), End::Whole { pending, .. }) if pending + 1 == count => {
                     return Ok(event.sequence.saturating_sub(1));
                 }
                 (Some(_), End::Whole { .. }) => high = middle,
-                _ => return Err(BrokerError::Unavailable("a replica did not answer to the end".into())),
+                _ if tries < LEADER_TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(LEADER_PAUSE).await;
+                }
+                _ => return Err(BrokerError::Unavailable("the replicas lack what the leader has".into())),
             }
         }
         Ok(low.saturating_sub(1))
@@ -168,21 +184,31 @@ impl History {
     /// What a replica drops while it reads a batch leaves holes within it, and its leader may not have dropped that yet. So
     /// it is read again, by whichever replica: one that has dropped something does not show the first event any more,
     /// because the oldest are dropped first, and one that has not shows what is in the holes.
-    async fn check_that_nothing_was_dropped_meanwhile(&self, shown: Vec<u64>, filter: &str) -> Result<(), BrokerError> {
-        let (Some(first), Some(last)) = (shown.first(), shown.last()) else { return Ok(()) };
+    async fn was_nothing_dropped_meanwhile(&self, shown: Vec<u64>, filter: &str) -> Result<bool, BrokerError> {
+        let (Some(first), Some(last)) = (shown.first(), shown.last()) else { return Ok(true) };
         let again = json!({
             "seq": first,
             "next_by_subj": filter,
             "batch": shown.len(),
             "max_bytes": self.page_bytes,
         });
-        let again = self.batches.get(&again).await?.events;
-        let is_first_there = again.first().is_some_and(|event| event.sequence == *first);
-        let mut others = again.iter().map(|event| event.sequence).take_while(|sequence| sequence <= last);
-        match is_first_there && others.all(|sequence| shown.binary_search(&sequence).is_ok()) {
-            true => Ok(()),
-            false => Err(BrokerError::Unavailable(format!("what follows {first} changed while it was read"))),
+        for _ in 0..REREADS {
+            let again = match self.batches.get(&again).await {
+                Err(RequestError::Mirror(_)) => return Ok(false),
+                again => again?.events,
+            };
+            let is_first_there = again.first().is_some_and(|event| event.sequence == *first);
+            let mut others = again.iter().map(|event| event.sequence).take_while(|sequence| sequence <= last);
+            if is_first_there && others.all(|sequence| shown.binary_search(&sequence).is_ok()) {
+                return Ok(true);
+            }
+            // A mirror that has nothing of it does not say who it is.
+            if !again.is_empty() {
+                let why = format!("what follows {first} changed while it was read");
+                return Err(BrokerError::Unavailable(why));
+            }
         }
+        Ok(false)
     }
 
     /// Limits and purges take hold on each replica at its own time: the one that was read may have dropped what the
@@ -248,8 +274,8 @@ impl History {
         for _ in 0..ATTEMPTS {
             let before = self.leader.epoch();
             let known = match self.last_of(subjects, None).await {
-                // Direct reads were switched off: pages can be had all the same.
-                Err(RequestError::NoResponders) => None,
+                // Direct reads were switched off, or only mirrors answer: pages can be had all the same.
+                Err(RequestError::NoResponders | RequestError::Mirror(_)) => None,
                 known => known?,
             };
             let Some((shown, sequences, as_of)) = known else { return Ok(None) };

@@ -29,6 +29,11 @@ use crate::{broker::Bounds, event::Epoch};
 const SLOW: Duration = Duration::from_millis(50);
 /// While a cluster makes a stream, and while it elects a leader, nobody answers questions about it: they are asked again.
 const INFO_SILENCE: Duration = Duration::from_secs(1);
+/// How long it is said that a mirror answers, after it did last.
+const MIRROR_REMEMBERED: Duration = Duration::from_secs(60);
+/// What to do about a mirror that answers in the stream's place.
+pub(super) const MIRROR_MEND: &str =
+    "reads take longer; switch its mirror_direct off (nats stream edit), or mirror from another account";
 /// How long a follower waits for word from its leader, at least, before it has another one elected (server/raft.go).
 const ELECTION: Duration = Duration::from_secs(4);
 /// A leader from whom its followers have heard within this is not about to be deposed; and a follower that has answered
@@ -105,6 +110,8 @@ pub(super) struct Known {
     /// When the last question was sent, if its answer was undisputed.
     undisputed: Mutex<Option<Instant>>,
     round_trip_micros: AtomicU64,
+    /// The mirror that answered last in the stream's place, and when.
+    mirror: Mutex<Option<(String, Instant)>>,
 }
 
 impl Known {
@@ -119,6 +126,7 @@ impl Known {
             present_as_of: AtomicU64::new(0),
             undisputed: Mutex::new(None),
             round_trip_micros: AtomicU64::new(0),
+            mirror: Mutex::new(None),
         }
     }
 
@@ -141,6 +149,24 @@ impl Known {
     /// The incarnation of the stream that the last answer told of.
     pub fn present(&self) -> Incarnation {
         *self.lock_present()
+    }
+
+    /// Takes note of a mirror of the stream that answered in its place, and logs it once.
+    pub fn saw_mirror(&self, name: &str) {
+        let mut mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        if mirror.as_ref().is_none_or(|(known, _)| known != name) {
+            tracing::warn!(
+                mirror = name,
+                "a mirror of the stream answers in its place, and is not believed: {MIRROR_MEND}"
+            );
+        }
+        *mirror = Some((name.to_owned(), Instant::now()));
+    }
+
+    /// The mirror that has answered lately in the stream's place.
+    pub fn mirror(&self) -> Option<String> {
+        let mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        mirror.as_ref().filter(|(_, at)| at.elapsed() < MIRROR_REMEMBERED).map(|(name, _)| name.clone())
     }
 
     /// What the last question about the stream took.

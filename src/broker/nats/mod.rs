@@ -63,6 +63,9 @@ pub use self::{
     requirements::Mismatch,
 };
 
+/// How often `check` reads a message to see which stream answers.
+const LOOKS_FOR_MIRROR: usize = 16;
+
 /// A JetStream stream, as one gateway sees it. Its connections and tasks end when it is dropped.
 pub struct Nats {
     leader: Leader,
@@ -110,6 +113,7 @@ impl Nats {
             history: History {
                 batches: Batches {
                     requests: pages,
+                    known: leader.known().clone(),
                     // A whole answer must fit: an overflow would break it off each time.
                     replies_max: history.page_events.max(batch::SUBJECTS_MAX).saturating_add(8),
                     stream: names.name.clone(),
@@ -151,12 +155,35 @@ impl Nats {
         let api = Api::new(requests, settings.request_timeout);
         let (at, stream) = (&connector.at, &names.name);
         Ok(match connector.plan(&api, names, event_bytes).await? {
-            Plan::Nothing(info) => describe(&version, at, stream, &info),
+            Plan::Nothing(info) => {
+                let mirror = Nats::look_for_mirror(settings, &connector).await?;
+                let warning = mirror.map(|name| format!("; {}", mirror_warning(&name))).unwrap_or_default();
+                describe(&version, at, stream, &info) + &warning
+            }
             Plan::Making => format!("NATS {version} at {at}, where the stream {stream} will be made"),
             Plan::Mending { mismatch, .. } => {
                 format!("NATS {version} at {at}, where the stream {stream} will be mended: {mismatch}")
             }
         })
+    }
+
+    /// A mirror that answers in the stream's place, unless it has been lucky for some times.
+    async fn look_for_mirror(settings: &config::Nats, connector: &Connector) -> Result<Option<String>, StartError> {
+        let requests = nats::Requests::new(connector.options("check"), connector::INBOX);
+        let (client, handler) = (requests.client().clone(), Arc::new(requests.clone()));
+        let _kept = supervise::keep("history", connector, client, handler).await?;
+        let subject = format!("$JS.API.DIRECT.GET.{}", settings.stream.name);
+        let query = serde_json::json!({ "last_by_subj": format!("{}>", settings.stream.prefix) }).to_string();
+        for _ in 0..LOOKS_FOR_MIRROR {
+            let Some(mut replies) = requests.send(&subject, query.as_bytes(), 1) else { continue };
+            let reply = tokio::time::timeout(settings.request_timeout, replies.next()).await;
+            let Ok(Some(reply)) = reply else { return Ok(None) };
+            let other = message::Delivered::of(&reply).and_then(|message| message.stream().map(str::to_owned));
+            if let Some(other) = other.filter(|other| *other != settings.stream.name) {
+                return Ok(Some(other));
+            }
+        }
+        Ok(None)
     }
 
     /// The connections by name, each with what is wrong with it, if anything is.
@@ -186,6 +213,10 @@ impl Nats {
 /// A request that is answered on any connection that is as it should be.
 fn probe(names: &config::NatsStream) -> String {
     format!("$JS.API.STREAM.INFO.{}", names.name)
+}
+
+fn mirror_warning(name: &str) -> String {
+    format!("the mirror {name} answers in the stream's place: {}", leader::MIRROR_MEND)
 }
 
 fn describe(version: &str, at: &str, stream: &str, info: &leader::Info) -> String {
@@ -265,6 +296,7 @@ impl Broker for Nats {
             connections: publishers + others.iter().sum::<u64>(),
             round_trip: self.leader.known().round_trip(),
             states: connections,
+            warning: self.leader.known().mirror().map(|name| mirror_warning(&name)),
         }
     }
 

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use super::{
+    api::RequestError,
     batch::{Batch, End},
     history::History,
 };
@@ -27,7 +28,11 @@ impl History {
     async fn whole_snapshot(&self, filters: &[Filter]) -> Result<Option<SnapshotPage>, BrokerError> {
         let before = self.leader.epoch();
         let wanted: Vec<_> = filters.iter().map(|filter| format!("{}{filter}", self.batches.prefix)).collect();
-        let Batch { mut events, end } = self.batches.get(&self.last_messages(&wanted, None)).await?;
+        let Batch { mut events, end } = match self.batches.get(&self.last_messages(&wanted, None)).await {
+            // Page by page, the leader helps out.
+            Err(RequestError::NoResponders | RequestError::Mirror(_)) => return Ok(None),
+            batch => batch?,
+        };
         let End::Whole { pending: 0, up_to: Some(as_of) } = end else { return Ok(None) };
         let epoch = self.leader.info().await?.bounds.epoch;
         events.sort_unstable_by_key(|event| event.sequence);
@@ -67,13 +72,21 @@ impl History {
                 continue;
             }
             let subjects: Vec<_> = events.iter().map(|event| event.subject.clone()).collect();
-            match self.last_of(&subjects, Some(as_of)).await? {
+            let known = match self.last_of(&subjects, Some(as_of)).await {
+                Err(RequestError::NoResponders | RequestError::Mirror(_)) => None,
+                known => known?,
+            };
+            match known {
                 Some((_, sequences, _)) => {
                     let known = events.into_iter().zip(sequences);
                     last.extend(known.filter(|(event, newest)| event.sequence >= *newest).map(|(event, _)| event));
                 }
-                // Too large for one answer, even alone: an event too many does no harm.
-                None if events.len() == 1 => last.append(&mut events),
+                // Too large for one answer, even alone.
+                None if events.len() == 1 => {
+                    if self.may_be_last(&events[0], as_of).await? {
+                        last.append(&mut events);
+                    }
+                }
                 None => {
                     let half = events.split_off(events.len() / 2);
                     unsettled.extend([events, half]);
@@ -81,5 +94,13 @@ impl History {
             }
         }
         Ok(last)
+    }
+
+    /// Whether the leader knows of no later event of the same subject up to a sequence. If it knows of one behind that, this
+    /// can't be told: an event too many does no harm.
+    async fn may_be_last(&self, event: &Event, as_of: u64) -> Result<bool, BrokerError> {
+        let subject = format!("{}{}", self.batches.prefix, event.subject);
+        let last = self.leader.get(serde_json::json!({ "last_by_subj": subject })).await?;
+        Ok(last.is_none_or(|last| last.sequence <= event.sequence || last.sequence > as_of))
     }
 }

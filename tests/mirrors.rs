@@ -1,0 +1,76 @@
+//! Mirrors of the stream in the same account answer reads in its place, with what they lack: nothing is missed for that, and
+//! the gateway says so.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{
+    gateway::{Gateway, Launch},
+    http::Request,
+    nats::NatsServer,
+    sse::EventStream,
+};
+
+const SUBJECTS: usize = 5;
+
+#[test]
+fn whatever_a_mirror_lacks_no_reader_misses() {
+    for (name, more) in [
+        ("FILTERED", json!({ "mirror": { "name": "EVENTS", "filter_subject": "events.k.0" } })),
+        ("SHORT", json!({ "max_msgs": 3 })),
+        ("LAST-VALUE", json!({ "max_msgs_per_subject": 1 })),
+        ("PURGED", json!({})),
+        ("WHOLE", json!({})),
+    ] {
+        let server = NatsServer::start();
+        let launch = Launch::new().flag("--nats", &format!("nats://{}", server.address()));
+        let launch = launch.with("audit.interval", "300ms").with("history.page_events", "20");
+        let gateway = launch.clone().start();
+        make_mirror(&server, name, &more);
+        let mut live = ["/events/k.1", "/events/k.*", "/events/>"].map(|target| gateway.stream(target));
+        let ids: Vec<_> = (0..40).map(|n| publish(&gateway, n)).collect();
+        if name == "PURGED" {
+            ask(&server, "STREAM.PURGE.PURGED", &json!({}));
+        }
+        let ids: Vec<_> = ids.into_iter().chain((40..60).map(|n| publish(&gateway, n))).collect();
+
+        let all: Vec<_> = (0..60).map(data).collect();
+        let of_one: Vec<_> = (0..60).filter(|n| n % SUBJECTS == 1).map(data).collect();
+        assert_eq!(live[0].data(of_one.len()), of_one, "{name}");
+        assert_eq!(live[1].data(60), all, "{name}");
+        assert_eq!(live[2].data(60), all, "{name}");
+        for _ in 0..20 {
+            assert_eq!(gateway.stream("/events/k.*?from=first").data(60), all, "{name}");
+            assert_eq!(gateway.stream("/events/k.1?from=first").data(of_one.len()), of_one, "{name}");
+            assert_eq!(gateway.stream("/events/k.1?from=-3").data(3), of_one[of_one.len() - 3..], "{name}");
+            assert_eq!(gateway.resume("/events/>", &ids[29]).data(30), all[30..], "{name}");
+            let snapshot = Request::get("/events/>?from=snapshot").header("Accept", "text/event-stream");
+            let mut snapshot = EventStream::begin(gateway.connect(), snapshot);
+            assert_eq!(snapshot.data(SUBJECTS), all[60 - SUBJECTS..], "{name}");
+        }
+        let readiness = gateway.ask_admin("/health/ready");
+        assert_eq!(readiness.status, 200);
+        assert!(readiness.text().starts_with("ready\nthe mirror"), "{name}: {}", readiness.text());
+        let checked = launch.command("check").run();
+        assert!(checked.code == Some(0) && checked.said.contains(&format!("the mirror {name} answers")), "{checked:?}");
+    }
+}
+
+fn publish(gateway: &Gateway, number: usize) -> String {
+    gateway.publish(&format!("k.{}", number % SUBJECTS), data(number))
+}
+
+fn data(number: usize) -> String {
+    format!("event {number}")
+}
+
+fn make_mirror(server: &NatsServer, name: &str, more: &Value) {
+    let mut config = json!({ "name": name, "mirror": { "name": "EVENTS" } });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    ask(server, &format!("STREAM.CREATE.{name}"), &config);
+}
+
+fn ask(server: &NatsServer, verb: &str, body: &Value) {
+    let answer = server.ask(&format!("$JS.API.{verb}"), &body.to_string());
+    assert!(!answer.contains("\"error\""), "{answer}");
+}
