@@ -195,7 +195,9 @@ impl Nats {
         }
         let publishers = self.publishers();
         let broken = publishers.iter().map(state).find(|publisher| publisher.trouble.is_some());
-        let publish = broken.unwrap_or(ConnectionState { name: "publish", trouble: None });
+        // Where no worker has a connection of its own, the leader's serves.
+        let shared = leader.trouble.clone().filter(|_| publishers.is_empty());
+        let publish = broken.unwrap_or(ConnectionState { name: "publish", trouble: shared });
         vec![state(self.live.kept()), state(&self.to_history), leader, publish]
     }
 
