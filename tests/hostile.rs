@@ -3,7 +3,11 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use support::{
@@ -343,6 +347,44 @@ fn an_idle_connection_is_cut() {
     connection.send("/nowhere");
     assert_eq!(connection.response().status, 404);
     assert_eq!(connection.rest(), b"");
+}
+
+/// Tells others that it is over, also when a test fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+#[test]
+fn batches_without_an_event_stall_nobody() {
+    let gateway = Launch::new().start();
+    let overlong = "x".repeat(1 << 16);
+    for bytes in ["\n".repeat(1 << 16), "nonsense\n".repeat(1 << 13), overlong] {
+        let is_over = AtomicBool::new(false);
+        thread::scope(|threads| {
+            let _end = End(&is_over);
+            for _ in 0..4 {
+                let (mut sender, bytes, is_over) = (gateway.connect(), &bytes, &is_over);
+                sender.send(Request::batch().chunked());
+                let mut answers = sender.sender();
+                threads.spawn(move || {
+                    while !is_over.load(Ordering::Acquire) && sender.try_send_chunk(bytes).is_ok() {}
+                    sender.close();
+                });
+                threads.spawn(move || answers.discard());
+            }
+            let deadline = Instant::now() + PATIENCE;
+            let mut connection = gateway.connect();
+            for _ in 0..100 {
+                connection.send(Request::post("/events/demo").body("x"));
+                assert_eq!(connection.response().status, 201);
+                assert!(Instant::now() < deadline, "others wait");
+            }
+        });
+    }
 }
 
 #[test]

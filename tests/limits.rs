@@ -162,6 +162,45 @@ fn a_batch_over_the_rate_is_slowed_down_and_none_of_it_refused() {
 }
 
 #[test]
+fn blank_and_bad_lines_count_as_others_do() {
+    let overlong = format!("{}\n", "x".repeat(2001));
+    for line in ["\n", " \t\r\n", "nonsense\n", "{\"subject\":\"a..b\",\"data\":1}\n", &overlong] {
+        let gateway = directly()
+            .with("limits.publishes", "100")
+            .with("limits.publishes_burst", "10")
+            .with("limits.event_bytes", "1000")
+            .with("limits.line_bytes", "2000")
+            .start();
+        let mut connection = connect_from(&gateway, 2);
+        let began = std::time::Instant::now();
+        connection.send(Request::batch().body(line.repeat(60)));
+        let answered = connection.response().text().lines().count();
+        assert_eq!(answered, if line.trim().is_empty() { 0 } else { 60 }, "{line:?}");
+        assert!(began.elapsed() >= Duration::from_millis(400), "{line:?}: {:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn every_byte_of_a_batch_counts() {
+    let body = [
+        // A line that is too long, lines that are bad, and blank ones.
+        "x".repeat(900_000),
+        "\n".into(),
+        format!("{}\n", "y".repeat(9_999)).repeat(90),
+        format!("{}\n", " ".repeat(9_999)).repeat(90),
+    ];
+    for part in [&body[..1], &body[2..3], &body[3..]] {
+        let launch = directly().with("limits.publish_bytes", "1000000").with("limits.publish_bytes_burst", "100000");
+        let gateway = launch.with("limits.event_bytes", "1000").with("limits.line_bytes", "20000").start();
+        let mut connection = connect_from(&gateway, 2);
+        let began = std::time::Instant::now();
+        connection.send(Request::batch().body(part.concat()));
+        connection.response();
+        assert!(began.elapsed() >= Duration::from_millis(700), "{:?}", began.elapsed());
+    }
+}
+
+#[test]
 fn a_slowed_batch_behind_a_proxy_is_not_answered_before_its_end() {
     let gateway = directly().with("limits.publishes", "20").with("limits.publishes_burst", "1").start();
     let mut connection = connect_from(&gateway, 2);

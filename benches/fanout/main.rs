@@ -17,6 +17,7 @@ mod process;
 mod publishing;
 mod reads;
 mod relay;
+mod senders;
 mod swarm;
 mod target;
 mod wire;
@@ -36,6 +37,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("subjects", || subjects(10_000, 2_000, 20_000)),
     ("storm", || storm(10_000, 10, 100)),
     ("publish", publishing::compare),
+    ("senders", senders::compare),
     ("stalled", || stalled(1_000, 2_000)),
     ("reads", || reads::compare(100_000)),
 ];

@@ -80,9 +80,10 @@ const PARAMETERS: Parameters = Parameters {
 /// What some editors and libraries put in front of a text.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// After how many lines others on this thread get their turn: those who send them to the broker, which then works on them
-/// while more are read.
-const TURN_LINES: u64 = 16;
+/// After how many lines, or so many bytes, others on this thread get their turn: other publishers, and those who send
+/// events to the broker, which then works on them while more are read.
+const TURN_LINES: usize = 16;
+const TURN_BYTES: usize = 64 << 10;
 
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
@@ -94,10 +95,8 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     let (behind_proxy, is_announced) = (has(REFUSAL_HEADER), !has(header::TRANSFER_ENCODING.as_str()));
     let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines { payload, bytes: BytesMut::new(), has_begun: false, overlong: false, bytes_max },
-        toll: Toll { shares: app.shares.clone(), caller: caller(&request, &principal), held: None },
+        lines: Lines::new(payload, bytes_max, Toll::new(app.shares.clone(), caller(&request, &principal))),
         waiting: FuturesOrdered::new(),
-        number: 0,
         ended: false,
         principal,
         app,
@@ -166,10 +165,7 @@ struct Batch {
     principal: Principal,
     app: web::Data<App>,
     lines: Lines,
-    toll: Toll,
     waiting: FuturesOrdered<BoxFuture<'static, Answer>>,
-    /// Of the line read last, from 1.
-    number: u64,
     ended: bool,
 }
 
@@ -194,7 +190,7 @@ impl Batch {
             match self.next_answer(PAUSE).await {
                 Next::Answer(answer) => answers.extend_from_slice(&answer),
                 // A sender that is made to wait has not paused: it would be made to wait for ever by the nginx above.
-                Next::Pause if self.toll.held.is_some() => {}
+                Next::Pause if self.lines.toll.is_owed() => {}
                 last @ (Next::Pause | Next::End) => return (answers.freeze(), last),
             }
         }
@@ -231,7 +227,7 @@ impl Batch {
                 Some(answer) = self.waiting.next(), if !self.waiting.is_empty() => {
                     return Next::Answer(self.write(answer));
                 }
-                line = self.toll.next(&mut self.lines), if reads => match line {
+                line = self.lines.next(), if reads => match line {
                     ControlFlow::Break(()) => self.ended = true,
                     ControlFlow::Continue(line) => self.take(line).await,
                 },
@@ -243,10 +239,8 @@ impl Batch {
 
     /// Hands one line to the broker; its answer waits in its turn.
     async fn take(&mut self, line: Line) {
-        self.number += 1;
-        let number = self.number;
+        let number = self.lines.number;
         let line = match line {
-            Line::Blank => return,
             Line::Whole(line) => line,
             Line::Overlong => {
                 let detail = format!("a line has at most {} bytes", self.lines.bytes_max);
@@ -270,9 +264,6 @@ impl Batch {
                     Err(error) => Answer::Refused(number, error),
                 }
             })),
-        }
-        if number.is_multiple_of(TURN_LINES) {
-            tokio::task::yield_now().await;
         }
     }
 
@@ -313,98 +304,150 @@ impl Answer {
     }
 }
 
-/// The lines of a body as it arrives.
+/// The lines of a body as it arrives, no faster than its sender may publish.
 struct Lines {
     payload: web::Payload,
     bytes: BytesMut,
-    /// There was a line: what looks like a byte order mark is none any more.
-    has_begun: bool,
+    /// The first bytes that are known to have no line end among them, so many.
+    searched: usize,
+    /// Of the line read last, from 1.
+    number: u64,
     /// The line that is arriving has been too long for some time; what comes of it is dropped.
     overlong: bool,
     bytes_max: usize,
-}
-
-/// Slows a batch down to what its sender may publish: the next line is read when the one before has been counted.
-struct Toll {
-    shares: Limits,
-    caller: Caller,
-    held: Option<(Line, Due)>,
-}
-
-/// What a line has yet to be counted by.
-enum Due {
-    Event,
-    Bytes,
-}
-
-impl Toll {
-    /// The next of `lines`, once it may be published. As [`Lines::next`], it may be dropped at any await.
-    async fn next(&mut self, lines: &mut Lines) -> ControlFlow<(), Line> {
-        if self.held.is_none() {
-            self.held = Some((lines.next().await?, Due::Event));
-        }
-        while let Err(Wait(wait)) = self.pay() {
-            tokio::time::sleep(wait).await;
-        }
-        ControlFlow::Continue(self.held.take().expect("it was held above").0)
-    }
-
-    fn pay(&mut self) -> Result<(), Wait> {
-        let Some((Line::Whole(line), due)) = &mut self.held else { return Ok(()) };
-        if let Due::Event = due {
-            self.shares.publish(&self.caller)?;
-            *due = Due::Bytes;
-        }
-        self.shares.publish_bytes(&self.caller, line.len())
-    }
+    /// What has been read and is still to be counted.
+    held: Option<Line>,
+    toll: Toll,
 }
 
 enum Line {
     Whole(Bytes),
-    Blank,
     Overlong,
 }
 
 impl Lines {
-    /// The next line, without its end. Breaks at the end of the body, or where it broke off.
+    fn new(payload: web::Payload, bytes_max: usize, toll: Toll) -> Lines {
+        let bytes = BytesMut::new();
+        Lines { payload, bytes, searched: 0, number: 0, overlong: false, bytes_max, held: None, toll }
+    }
+
+    /// The next line that is not blank, without its end, once it may be published. Breaks at the end of the body, or where
+    /// it broke off.
     ///
     /// May be dropped at any await and called again; nothing is lost.
     async fn next(&mut self) -> ControlFlow<(), Line> {
-        let mut searched = 0;
         loop {
-            if let Some(end) = self.bytes[searched..].iter().position(|byte| *byte == b'\n') {
-                let mut line = self.bytes.split_to(searched + end + 1);
-                line.truncate(line.len() - 1);
-                return ControlFlow::Continue(self.line(line));
+            self.toll.pay().await;
+            if let Some(line) = self.held.take() {
+                return ControlFlow::Continue(line);
             }
-            if self.bytes.len() > self.bytes_max {
-                self.overlong = true;
+            if let Some(line) = self.split_line() {
+                self.hold(line);
+                continue;
             }
-            if self.overlong {
-                self.bytes.clear();
-            }
-            searched = self.bytes.len();
             match Pin::new(&mut self.payload).next().await {
-                Some(Ok(piece)) => self.bytes.extend_from_slice(&piece),
+                Some(Ok(piece)) => {
+                    self.toll.owe_bytes(piece.len());
+                    self.bytes.extend_from_slice(&piece);
+                }
                 // A line that broke off with its connection is no line.
                 Some(Err(_)) => return ControlFlow::Break(()),
                 None if self.bytes.is_empty() && !self.overlong => return ControlFlow::Break(()),
                 None => {
                     let line = self.bytes.split();
-                    return ControlFlow::Continue(self.line(line));
+                    self.hold(line);
                 }
             }
         }
     }
 
-    fn line(&mut self, mut line: BytesMut) -> Line {
-        if !std::mem::replace(&mut self.has_begun, true) && line.starts_with(BYTE_ORDER_MARK) {
+    /// Takes a line from what has arrived, if one has arrived whole.
+    fn split_line(&mut self) -> Option<BytesMut> {
+        if let Some(end) = self.bytes[self.searched..].iter().position(|byte| *byte == b'\n') {
+            let mut line = self.bytes.split_to(self.searched + end + 1);
+            line.truncate(line.len() - 1);
+            self.searched = 0;
+            return Some(line);
+        }
+        self.overlong |= self.bytes.len() > self.bytes_max;
+        if self.overlong {
+            self.bytes.clear();
+        }
+        self.searched = self.bytes.len();
+        None
+    }
+
+    /// Counts a line, and keeps it unless it is blank.
+    fn hold(&mut self, mut line: BytesMut) {
+        self.number += 1;
+        self.searched = 0;
+        self.toll.owe_line();
+        if self.number == 1 && line.starts_with(BYTE_ORDER_MARK) {
             line.advance(BYTE_ORDER_MARK.len());
         }
-        if std::mem::take(&mut self.overlong) || line.len() > self.bytes_max {
-            return Line::Overlong;
+        self.held = if std::mem::take(&mut self.overlong) || line.len() > self.bytes_max {
+            Some(Line::Overlong)
+        } else if line.trim_ascii().is_empty() {
+            None
+        } else {
+            Some(Line::Whole(line.freeze()))
+        };
+    }
+}
+
+/// What a batch owes for what was read of it: every line, blank and bad ones, too, and every byte counts against what its
+/// sender may publish; and after some of either, others have their turn.
+struct Toll {
+    shares: Limits,
+    caller: Caller,
+    line: bool,
+    bytes: usize,
+    /// Since others had their turn, in lines and as many bytes as take no longer.
+    work: usize,
+}
+
+impl Toll {
+    fn new(shares: Limits, caller: Caller) -> Toll {
+        Toll { shares, caller, line: false, bytes: 0, work: 0 }
+    }
+
+    /// Takes one line into account; what was owed before has been paid.
+    fn owe_line(&mut self) {
+        self.line = true;
+        self.work += 1;
+    }
+
+    fn owe_bytes(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        self.work += bytes / (TURN_BYTES / TURN_LINES);
+    }
+
+    /// Whether the sender has to wait.
+    fn is_owed(&self) -> bool {
+        self.line || self.bytes > 0
+    }
+
+    /// Waits until everything is paid. May be dropped at any await and called again.
+    async fn pay(&mut self) {
+        while let Err(Wait(wait)) = self.charge() {
+            tokio::time::sleep(wait).await;
         }
-        if line.trim_ascii().is_empty() { Line::Blank } else { Line::Whole(line.freeze()) }
+        if self.work >= TURN_LINES {
+            self.work = 0;
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn charge(&mut self) -> Result<(), Wait> {
+        if self.line {
+            self.shares.publish(&self.caller)?;
+            self.line = false;
+        }
+        if self.bytes > 0 {
+            self.shares.publish_bytes(&self.caller, self.bytes)?;
+            self.bytes = 0;
+        }
+        Ok(())
     }
 }
 

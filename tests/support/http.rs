@@ -330,6 +330,17 @@ impl Connection {
         Connection::over(self.socket.try_clone().expect("sockets can be cloned"))
     }
 
+    /// Ends the connection in both directions, for all handles to it.
+    pub fn close(&mut self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Reads whatever comes and keeps none of it, until the connection ends.
+    pub fn discard(&mut self) {
+        self.socket.set_read_timeout(Some(PATIENCE)).expect("not zero");
+        let _ = std::io::copy(&mut self.socket, &mut std::io::sink());
+    }
+
     /// Says that nothing more will be sent.
     pub fn close_sending(&mut self) {
         self.socket.shutdown(Shutdown::Write).expect("it is open");
