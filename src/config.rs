@@ -34,6 +34,7 @@ pub struct Config {
     #[serde(deserialize_with = "networks")]
     pub trusted_proxies: Vec<IpNet>,
     pub address_header: AddressHeader,
+    pub admin: Admin,
     pub cors: Cors,
     pub log: Log,
     pub debug: Debug,
@@ -46,6 +47,14 @@ pub struct Config {
     pub drain: Drain,
     pub embedded: Embedded,
     pub nats: Nats,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Admin {
+    pub hosts: Vec<String>,
+    #[serde(deserialize_with = "positive")]
+    pub connections: usize,
 }
 
 /// The header in which trusted proxies name the client.
@@ -297,6 +306,10 @@ impl Config {
             if rate > 0 && burst == 0 {
                 return rule(format!("limits.{key}_burst is 0, which lets nothing pass: limits.{key} = 0 is no limit"));
             }
+        }
+        let in_name = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+        if let Some(name) = self.admin.hosts.iter().find(|name| name.is_empty() || !name.chars().all(in_name)) {
+            return rule(format!("admin.hosts has {name:?}, but holds names such as \"gateway-1\", without a port"));
         }
         if let Some(origin) = self.cors.origins.iter().find(|origin| !is_origin(origin)) {
             return rule(format!(

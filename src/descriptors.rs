@@ -3,7 +3,7 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::Limits;
+use crate::config::Config;
 
 /// Files besides connections: the broker's, listeners, what the runtime and the threads poll with.
 const OWN: u64 = 64;
@@ -11,8 +11,8 @@ const OWN: u64 = 64;
 /// Why limits were lowered, in words for the operator.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "this process may have {hard} open files, but limits.streams and limits.connections need {needed}: only {streams} \
-     streams and {connections} other connections are taken (raise `ulimit -Hn`, or LimitNOFILE)"
+    "this process may have {hard} open files, but limits.streams, limits.connections and admin.connections need {needed}: \
+     only {streams} streams and {connections} other connections are taken (raise `ulimit -Hn`, or LimitNOFILE)"
 )]
 pub struct TooFew {
     hard: u64,
@@ -21,9 +21,9 @@ pub struct TooFew {
     connections: usize,
 }
 
-/// Raises this process's soft limit to what `limits` need, or lowers them to what its hard limit allows.
-pub fn provide(limits: &mut Limits) -> Option<TooFew> {
-    let needed = needed_for(limits);
+/// Raises this process's soft limit to what the limits of `config` need, or lowers them to what its hard limit allows.
+pub fn provide(config: &mut Config) -> Option<TooFew> {
+    let needed = needed_for(config);
     // Where it can't be asked, it can't be helped either.
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
     let wanted = needed.min(hard);
@@ -31,20 +31,24 @@ pub fn provide(limits: &mut Limits) -> Option<TooFew> {
         Ok(()) => hard,
         Err(_) => soft,
     };
-    lower(limits, allowed)
+    lower(config, allowed)
 }
 
-fn needed_for(limits: &Limits) -> u64 {
-    OWN.saturating_add(limits.streams as u64).saturating_add(limits.connections as u64)
+fn needed_for(Config { limits, admin, .. }: &Config) -> u64 {
+    let connections = [limits.streams, limits.connections, admin.connections];
+    connections.iter().fold(OWN, |needed, more| needed.saturating_add(*more as u64))
 }
 
-/// Streams are what a gateway is for: other connections get a quarter at most.
-fn lower(limits: &mut Limits, hard: u64) -> Option<TooFew> {
-    let needed = needed_for(limits);
+/// Streams are what a gateway is for: operators get a sixteenth at most, other connections a quarter of the rest.
+fn lower(config: &mut Config, hard: u64) -> Option<TooFew> {
+    let needed = needed_for(config);
     if needed <= hard {
         return None;
     }
+    let Config { limits, admin, .. } = config;
     let room = usize::try_from(hard.saturating_sub(OWN)).unwrap_or(usize::MAX);
+    admin.connections = admin.connections.min((room / 16).max(1));
+    let room = room - room.min(admin.connections);
     limits.connections = limits.connections.min((room / 4).max(1));
     limits.streams = limits.streams.min((room - room.min(limits.connections)).max(1));
     Some(TooFew { hard, needed, streams: limits.streams, connections: limits.connections })
@@ -58,12 +62,12 @@ mod tests {
     #[test]
     fn limits_are_lowered_only_as_far_as_they_must() {
         for (hard, streams, connections) in
-            [(100_000, 10_000, 4096), (14_160, 10_000, 4096), (1024, 720, 240), (64, 1, 1), (0, 1, 1)]
+            [(100_000, 10_000, 4096), (14_192, 10_000, 4096), (1024, 696, 232), (64, 1, 1), (0, 1, 1)]
         {
-            let mut limits = Config::load(None, vec![]).unwrap().limits;
-            let lowered = lower(&mut limits, hard);
-            assert_eq!((limits.streams, limits.connections), (streams, connections), "{hard}");
-            assert_eq!(lowered.is_some(), hard < 14_160, "{hard}");
+            let mut config = Config::load(None, vec![]).unwrap();
+            let lowered = lower(&mut config, hard);
+            assert_eq!((config.limits.streams, config.limits.connections), (streams, connections), "{hard}");
+            assert_eq!(lowered.is_some(), hard < 14_192, "{hard}");
         }
     }
 }

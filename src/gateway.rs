@@ -158,12 +158,13 @@ impl Gateway {
             shares: shares.clone(),
             proxies: Proxies::new(config.trusted_proxies.clone(), config.address_header),
             debug: config.debug.clone(),
+            admin_hosts: config.admin.hosts.clone().into(),
             cors: cors.subscribe(),
             leaving: leaving.clone(),
             draining: draining.clone(),
             absence: Arc::new(http::Absence::bearable_for(config.nats.away_after)),
         };
-        let servers = Servers::start(app, public, admin).await?;
+        let servers = Servers::start(app, public, (admin, config.admin.connections)).await?;
         Ok(Gateway {
             listen,
             admin_listen,
@@ -250,11 +251,15 @@ struct Servers {
 }
 
 impl Servers {
-    async fn start(app: http::App, public: TcpListener, admin: TcpListener) -> Result<Servers, StartError> {
+    async fn start(
+        app: http::App,
+        public: TcpListener,
+        (admin, admin_connections): (TcpListener, usize),
+    ) -> Result<Servers, StartError> {
         let (started, starting) = oneshot::channel();
         let serve = move || {
             actix_web::rt::System::new().block_on(async move {
-                let servers = http::serve_admin(app.clone(), admin)
+                let servers = http::serve_admin(app.clone(), admin, admin_connections)
                     .and_then(|admin| Ok((http::serve_public(app, public)?, admin)));
                 match servers {
                     Err(error) => drop(started.send(Err(error))),

@@ -171,9 +171,9 @@ fn check(settings: &Settings) -> Result<ExitCode, Failure> {
     let mut config = settings.read()?.config_to_serve()?;
     let _log = Log::start(&config.log, NOISE_OFF)?;
     println!("settings: they can be used");
-    match descriptors::provide(&mut config.limits) {
+    match descriptors::provide(&mut config) {
         Some(too_few) => println!("open files: {too_few}"),
-        None => println!("open files: enough for limits.streams and limits.connections"),
+        None => println!("open files: enough for limits.streams, limits.connections and admin.connections"),
     }
     let [access, broker] = runtime()?.block_on(Gateway::check(&config))?;
     println!("{access}\n{broker}");
@@ -290,7 +290,7 @@ impl Reloading {
 }
 
 fn provide_files(config: &mut Config) {
-    if let Some(too_few) = descriptors::provide(&mut config.limits) {
+    if let Some(too_few) = descriptors::provide(config) {
         tracing::warn!("{too_few}");
     }
 }

@@ -227,6 +227,51 @@ fn a_raw_character_is_encoded_in_the_first_target_of_a_connection_only() {
 }
 
 #[test]
+fn a_page_that_has_its_own_name_lead_to_the_admin_listener_reads_nothing() {
+    let gateway = Launch::new().with("admin.hosts", r#"["gateway-1", "metrics.example"]"#).start();
+    let paths = ["/metrics", "/health/live", "/health/ready", "/debug/streams", "/debug/feeds", "/nowhere"];
+    let port = gateway.admin.port();
+    let ask = |target: &str, host: &str| gateway.ask_admin(Request::get(target).header("Host", host));
+    for path in paths {
+        for host in
+            [&format!("evil.example:{port}"), "evil.example", "localhost.evil.example", "127.0.0.1.evil.example"]
+        {
+            let refused = ask(path, host);
+            assert_eq!((refused.status, &refused.json()["code"]), (403, &json!("host_not_allowed")), "{path} {host}");
+        }
+        for host in
+            ["localhost", &format!("127.0.0.1:{port}"), "[::1]:9090", "192.0.2.1", "Gateway-1:9090", "metrics.example"]
+        {
+            assert_ne!(ask(path, host).status, 403, "{path} {host}");
+        }
+        assert_eq!(ask(&format!("http://evil.example{path}"), "localhost").status, 403, "{path}");
+    }
+    let metrics = gateway.ask_admin("/metrics").text();
+    assert!(metrics.contains("tidegate_refusals_total{code=\"host_not_allowed\"} 30"), "{metrics}");
+}
+
+#[test]
+fn clients_of_the_admin_listener_take_nothing_from_the_public_one() {
+    let launch = Launch::new().with("admin.connections", "4").with("limits.request_head", "2s");
+    let gateway = launch.with("limits.keep_alive", "2s").start();
+    let silent: Vec<_> = (0..40).map(|_| Connection::open(gateway.admin)).collect();
+    assert_eq!(gateway.ask("/nowhere").status, 404);
+    gateway.publish("demo", "x");
+    // Those that are too many are closed at once, the others when nothing comes.
+    let mut closed_at_once = 0;
+    for mut connection in silent {
+        closed_at_once += usize::from(connection.rest().is_empty());
+    }
+    assert_eq!(closed_at_once, 36);
+    assert_eq!(gateway.ask_admin("/health/ready").status, 200);
+    let mut slow = Connection::open(gateway.admin);
+    slow.send("/health/live");
+    assert_eq!(slow.response().status, 200);
+    slow.send_bytes("GET /metrics HTTP/1.1\r\nX: ");
+    slow.drip_until_closed(b'x', Duration::from_millis(20));
+}
+
+#[test]
 fn a_connection_is_not_upgraded() {
     let gateway = Launch::new().start();
     for request in [

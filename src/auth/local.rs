@@ -10,19 +10,22 @@ use std::net::IpAddr;
 /// Headers that only a proxy adds.
 pub const PROXY_HEADERS: [&str; 4] = ["Forwarded", "X-Forwarded-For", "X-Real-IP", "Via"];
 
-/// Whether the value of a `Host` header (`host` or `host:port`) names this machine.
-pub fn is_local_host(host: &str) -> bool {
-    let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, port)) if is_port(port) => address,
-        Some(_) => return false,
+/// The name or address in the value of a `Host` header, which may have a port: `host`, `host:80`, `[::1]:80`.
+pub fn host_name(host: &str) -> Option<&str> {
+    match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, port)) => is_port(port).then_some(address),
         None => match host.split_once(':') {
-            Some((name, port)) if is_port(&format!(":{port}")) => name,
-            Some(_) => return false,
-            None => host,
+            Some((name, port)) => is_port(&format!(":{port}")).then_some(name),
+            None => Some(host),
         },
-    };
+    }
+}
+
+/// Whether the value of a `Host` header names this machine.
+pub fn is_local_host(host: &str) -> bool {
     let is_loopback = |address: IpAddr| address.to_canonical().is_loopback();
-    name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(is_loopback)
+    let is_local = |name: &str| name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(is_loopback);
+    host_name(host).is_some_and(is_local)
 }
 
 /// Whether the value of an `Origin` header is that of a page which this machine serves. `null` could be any page's.

@@ -18,6 +18,7 @@ mod first_line;
 mod next_head;
 
 use std::{
+    any::Any,
     cell::{Cell, RefCell},
     io, net,
     pin::Pin,
@@ -42,7 +43,6 @@ use tokio::{
 
 use self::{bare_answer::BareAnswers, first_line::FirstLine, next_head::NextHead};
 use super::App;
-use crate::limits::Place;
 
 /// Bytes that are read before answers are written, and beside what an unanswered request needs. actix keeps all requests
 /// that it finds in what it has read, which would be 128 KiB: 4,700 small ones, 34 MB for a client that reads no answers
@@ -57,8 +57,8 @@ pub struct Connection {
     bare_answers: BareAnswers,
     /// Encoded bytes that had no room yet.
     encoded: BytesMut,
-    /// Among the connections of its peer, as long as it is not a stream.
-    _place: Place,
+    /// Its room among other connections, as long as it is not a stream.
+    _place: Box<dyn Any>,
     /// How long its client may take nothing of what is written to it.
     stall: Duration,
     /// Runs since it has taken nothing. Meanwhile it is not read from: actix keeps the answers to all that arrives.
@@ -143,7 +143,7 @@ impl Slot {
 }
 
 impl Connection {
-    pub fn new(socket: TcpStream, place: Place, app: Arc<App>) -> Connection {
+    pub fn new(socket: TcpStream, place: impl Any, app: Arc<App>) -> Connection {
         let limits = app.limits.borrow().clone();
         let slot = Slot {
             socket: RefCell::new(Some(socket)),
@@ -161,7 +161,7 @@ impl Connection {
             next_head: NextHead::new(&limits),
             bare_answers: BareAnswers::new(app),
             encoded: BytesMut::new(),
-            _place: place,
+            _place: Box::new(place),
             stall: limits.stall,
             stalled: None,
             reader: None,

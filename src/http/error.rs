@@ -66,6 +66,7 @@ codes! {
     InvalidToken = 401 "invalid_token" "The token or key is not good";
     Forbidden = 403 "forbidden" "This is not allowed";
     OpenOnlyLocally = 403 "open_only_locally" "This gateway is for its own machine only";
+    HostNotAllowed = 403 "host_not_allowed" "This listener is not asked under this name";
     OriginNotAllowed = 403 "origin_not_allowed" "Pages of this origin may not do this";
     NotFound = 404 "not_found" "There is nothing here";
     MethodNotAllowed = 405 "method_not_allowed" "This method is not for this resource";

@@ -31,7 +31,11 @@ use actix_web::{
     middleware::from_fn, web,
 };
 use futures_util::future::BoxFuture;
-use tokio::{net::TcpStream, runtime::Handle, sync::watch};
+use tokio::{
+    net::TcpStream,
+    runtime::Handle,
+    sync::{Semaphore, watch},
+};
 use tokio_util::sync::CancellationToken;
 
 pub use self::health::Absence;
@@ -75,6 +79,8 @@ pub struct App {
     pub shares: Limits,
     pub proxies: Proxies,
     pub debug: Debug,
+    /// Under which the admin listener is asked, beside addresses.
+    pub admin_hosts: Arc<[String]>,
     pub cors: watch::Receiver<Cors>,
     /// Cancelled when the node wants no more requests. It still serves those that come.
     pub leaving: CancellationToken,
@@ -184,12 +190,33 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
 ///
 /// # Errors
 /// When the listener can't be used.
-pub fn serve_admin(app: App, listener: TcpListener) -> io::Result<Server> {
+pub fn serve_admin(app: App, listener: TcpListener, connections: usize) -> io::Result<Server> {
     Code::ALL.iter().for_each(|code| drop(app.metrics.refusals.with_label_values(&[code.as_str()])));
+    let room = Arc::new(Semaphore::new(connections.min(Semaphore::MAX_PERMITS)));
     let service = move || {
-        let service = actix_web::App::new().app_data(web::Data::new(app.clone())).configure(admin_routes);
-        let service = service.into_factory().map_err(|error| error.error_response());
-        HttpService::build().h1(map_config(service, |_| AppConfig::default())).tcp()
+        let service = actix_web::App::new()
+            .app_data(web::Data::new(app.clone()))
+            .configure(admin_routes)
+            .wrap(from_fn(passage::escort_operator));
+        let http = HttpService::build()
+            .keep_alive(KeepAlive::Os)
+            .client_request_timeout(app.limits.borrow().request_head)
+            .client_disconnect_timeout(LINGER)
+            .on_connect_ext(|connection: &Connection, data| {
+                data.insert(connection.slot());
+            })
+            .h1(map_config(service.into_factory().map_err(|error| error.error_response()), |_| AppConfig::default()));
+        let (app, room) = (Arc::new(app.clone()), room.clone());
+        fn_service(move |socket: TcpStream| {
+            // One that waited would keep a file open: what is too much is closed.
+            let permit = room.clone().try_acquire_owned();
+            let connection = socket.peer_addr().and_then(|peer| {
+                let permit = permit.map_err(|_| io::ErrorKind::ConnectionRefused)?;
+                Ok((Connection::new(socket, permit, app.clone()), Some(peer)))
+            });
+            async { connection.map_err(DispatchError::Io) }
+        })
+        .and_then(http)
     };
     Ok(ServerBuilder::new().workers(1).disable_signals().listen("admin", listener, service)?.run())
 }

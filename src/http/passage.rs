@@ -27,7 +27,11 @@ use super::{
     connection::{Body, Serving, Slot},
     error::{ApiError, Code},
 };
-use crate::{auth::Principal, config, limits::Caller};
+use crate::{
+    auth::{Principal, local::host_name},
+    config,
+    limits::Caller,
+};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken over from a proxy, in bytes.
@@ -46,12 +50,7 @@ pub async fn escort(
     mut request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
-    let slot = request.request().conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
-    let serving = slot.clone().serve();
-    match request.take_payload() {
-        Payload::None => {}
-        payload => request.set_payload(Payload::Stream { payload: Box::pin(Body { payload, slot: slot.clone() }) }),
-    }
+    let serving = begin(&mut request);
     let visit = Visit::read(&app, request.request());
     let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
@@ -65,16 +64,69 @@ pub async fn escort(
             request.into_response(refused)
         }
     };
-    if has_endless_rest(&response) {
-        slot.end_after(LINGER).await;
-        response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
-    }
     app.cors.borrow().mark(origin.as_ref(), response.headers_mut());
     response.headers_mut().insert(REQUEST_ID, id);
-    Ok(match response.response().body().size() {
+    Ok(finish(response, serving).await)
+}
+
+/// Takes a request of an operator to its handler, if it names this listener as operators do: a page that has its own
+/// name lead here (DNS rebinding) could read what is here otherwise.
+pub async fn escort_operator(
+    app: web::Data<App>,
+    mut request: ServiceRequest,
+    next: Next<BoxBody>,
+) -> Result<ServiceResponse<BoxBody>, Error> {
+    let serving = begin(&mut request);
+    let of_headers = request.headers().get_all(header::HOST).map(|host| host.to_str().unwrap_or_default());
+    let refused = of_headers.chain(request.uri().host()).find(|host| !names_admin(host, &app.admin_hosts));
+    let response = match refused.map(ToOwned::to_owned) {
+        None => next.call(request).await?,
+        Some(host) => {
+            tracing::warn!(host, "a request to the admin listener has a Host that is not in admin.hosts");
+            let detail = "operators ask by an IP address, localhost, or a name in admin.hosts";
+            let refusal = ApiError::new(Code::HostNotAllowed, detail);
+            app.count_refusal(&refusal);
+            let response = refusal.response(request.request());
+            request.into_response(response)
+        }
+    };
+    Ok(finish(response, serving).await)
+}
+
+/// Whether a `Host` is an address, `localhost`, or one of these names. No page can be served under an address that is
+/// not its own.
+fn names_admin(host: &str, names: &[String]) -> bool {
+    let is_name = |name: &str| {
+        let is_address = name.parse::<IpAddr>().is_ok();
+        is_address || name.eq_ignore_ascii_case("localhost") || names.iter().any(|own| own.eq_ignore_ascii_case(name))
+    };
+    host_name(host).is_some_and(is_name)
+}
+
+/// Notes that a request is being answered, for as long as what comes back is kept.
+fn begin(request: &mut ServiceRequest) -> Serving {
+    let slot = slot(request.request());
+    match request.take_payload() {
+        Payload::None => {}
+        payload => request.set_payload(Payload::Stream { payload: Box::pin(Body { payload, slot: slot.clone() }) }),
+    }
+    slot.serve()
+}
+
+fn slot(request: &HttpRequest) -> Rc<Slot> {
+    request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone()
+}
+
+/// Hands an answer to the HTTP server, which may have to read on before, or to write on after it.
+async fn finish(mut response: ServiceResponse<BoxBody>, serving: Serving) -> ServiceResponse<BoxBody> {
+    if has_endless_rest(&response) {
+        slot(response.request()).end_after(LINGER).await;
+        response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+    }
+    match response.response().body().size() {
         BodySize::Stream => response.map_body(|_, body| BoxBody::new(Streaming { body, _serving: serving })),
         BodySize::None | BodySize::Sized(_) => response,
-    })
+    }
 }
 
 /// A body that is not ready when its head is: its request is answered when it has ended.
