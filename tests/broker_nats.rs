@@ -181,7 +181,7 @@ async fn the_shipped_user_may_do_what_a_gateway_does() {
 async fn every_permission_of_the_shipped_user_is_needed() {
     let (gateway, others) = CONFIGURATION.split_once("user: publisher").unwrap();
     let permissions: Vec<&str> = gateway.lines().filter(|line| line.trim_start().starts_with('"')).collect();
-    assert_eq!(permissions.len(), 9);
+    assert_eq!(permissions.len(), 8);
     for permission in permissions {
         let without = format!("{}user: publisher{others}", gateway.replace(permission, ""));
         assert!(work(&NatsServer::configured(&without)).await.is_err(), "not needed: {permission}");
@@ -202,6 +202,28 @@ async fn what_the_shipped_gateway_may_not_do_it_cannot() {
 
     let info = Operator::of(&server, "operator:change-me-operator@").await.ask("STREAM.INFO.EVENTS", Value::Null).await;
     assert_eq!((&info["state"]["messages"], &info["state"]["consumer_count"]), (&json!(2), &json!(0)));
+}
+
+#[tokio::test]
+async fn who_has_the_shipped_gateways_password_cannot_make_events_go() {
+    let server = NatsServer::configured(CONFIGURATION);
+    let broker = connect(&server.settings_as("gateway:change-me-gateway@")).await;
+    for subject in ["a", "b", "a"] {
+        broker.publish(on(subject)).await.unwrap().await.unwrap();
+    }
+    let operator = Operator::of(&server, "operator:change-me-operator@").await;
+    let mut config = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].clone();
+    config["max_msgs"] = 1.into();
+    let gateway = async_nats::ConnectOptions::with_user_and_password("gateway".into(), "change-me-gateway".into());
+    let gateway = gateway.custom_inbox_prefix("_INBOX_tidegate").connect(server.address()).await.unwrap();
+    let made = gateway.request("$JS.API.STREAM.CREATE.EVENTS", config.to_string().into()).await.unwrap();
+    let made: Value = serde_json::from_slice(&made.payload).unwrap();
+    assert!(made["error"].is_object(), "{made}");
+
+    Wire::open(&server, "gateway", "change-me-gateway").may_not(&["$JS.API.STREAM.UPDATE.EVENTS"], &[]);
+
+    let info = operator.ask("STREAM.INFO.EVENTS", Value::Null).await;
+    assert_eq!(info["state"]["messages"], json!(3), "{info}");
 }
 
 #[tokio::test]
@@ -308,10 +330,9 @@ async fn work(server: &NatsServer) -> Result<(), String> {
     let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES).await.map_err(|e| said(&e))?;
     let operator = Operator::of(server, "operator:change-me-operator@").await;
     let mut doubts = broker.doubts();
-    operator.update(json!({ "max_age": 3_600_000_000_000_i64, "allow_direct": false })).await;
+    operator.update(json!({ "max_age": 3_600_000_000_000_i64 })).await;
     let doubt = tokio::time::timeout(Duration::from_secs(1), doubts.changed()).await;
     doubt.map_err(|_| "no doubt")?.map_err(|e| said(&e))?;
-    let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES).await.map_err(|e| said(&e))?;
 
     let mut hints = broker.live(&filter("a")).await.map_err(|e| said(&e))?;
     for subject in ["a", "b"] {

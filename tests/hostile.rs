@@ -4,6 +4,7 @@
 mod support;
 
 use std::{
+    fs,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -16,7 +17,7 @@ use support::{
     gateway::{Gateway, Launch},
     haproxy::{HaProxy, Reuse},
     http::{Connection, Request},
-    nats::NatsServer,
+    nats::{NatsServer, free_address},
     nginx::Nginx,
     sse::EventStream,
 };
@@ -383,6 +384,84 @@ fn a_body_that_nobody_wants_is_cut() {
         trickling.send_bytes("ffffff\r\n");
         trickling.drip_until_closed(b'x', Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_body_that_was_refused_is_not_read_to_its_end() {
+    let gateway = Launch::new().start();
+    for request in [Request::post("/events/a..b"), Request::new("PUT", "/events/demo"), Request::get("/nowhere")] {
+        for request in [request.clone().announce(1 << 30), request.chunked()] {
+            let mut connection = gateway.connect();
+            connection.send(&request);
+            assert!(connection.response().status >= 400, "{request:?}");
+            // 64 MiB, far more than the kernel keeps for it.
+            let sent = connection.send_until_closed(&[b'x'; 65536], 1024);
+            assert!(sent < 1024, "{request:?}: {sent}");
+        }
+    }
+}
+
+#[test]
+fn nginx_does_not_read_a_body_that_was_refused_to_its_end() {
+    let broker = Backend::nats();
+    let gateways = [broker.gateway().start(), broker.gateway().start()];
+    let nginx = Nginx::edge([gateways[0].address, gateways[1].address]);
+    for request in [Request::post("/events/a..b").announce(1 << 30), Request::post("/events/a..b").chunked()] {
+        let mut connection = Connection::open(nginx.http);
+        connection.send(&request);
+        assert_eq!(connection.response().status, 403, "nginx is a proxy");
+        let sent = connection.send_until_closed(&[b'x'; 65536], 1024);
+        assert!(sent < 1024, "{request:?}: {sent}");
+    }
+    // A small one is read, and its connection kept.
+    let mut connection = Connection::open(nginx.http);
+    for _ in 0..3 {
+        connection.send(Request::post("/events/a..b").body("x".repeat(1_000)));
+        assert_eq!(connection.response().status, 403);
+    }
+}
+
+/// A frame of HTTP/2 (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("it is short").to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+#[test]
+fn a_flood_of_http_2_streams_that_are_reset_ends_with_its_connection() {
+    let broker = Backend::nats();
+    let gateways =
+        [broker.gateway().with("auth.mode", "open").start(), broker.gateway().with("auth.mode", "open").start()];
+    let plain = free_address();
+    let listens = format!("include listen.conf; listen {plain} http2;");
+    let nginx = Nginx::changed_edge([gateways[0].address, gateways[1].address], &[("include listen.conf;", &listens)]);
+    let field = |name: &str, value: &str| {
+        [&[0, name.len() as u8], name.as_bytes(), &[value.len() as u8], value.as_bytes()].concat()
+    };
+    let fields = [(":method", "GET"), (":scheme", "http"), (":authority", "localhost"), (":path", "/events/demo")];
+    let fields: Vec<u8> = fields.iter().flat_map(|(name, value)| field(name, value)).collect();
+    const STREAMS: u32 = 20_000;
+    let flood = || {
+        let mut connection = Connection::open(plain);
+        connection.send_bytes(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+        connection.send_bytes(frame(4, 0, 0, &[]));
+        let pairs = |stream: u32| [frame(1, 5, stream, &fields), frame(3, 0, stream, &8_u32.to_be_bytes())].concat();
+        let frames: Vec<u8> = (0..STREAMS).flat_map(|number| pairs(2 * number + 1)).collect();
+        connection.try_send_bytes(&frames);
+        // Ends by GOAWAY and the connection's end, or by the latter alone.
+        connection.rest();
+    };
+
+    for _ in 0..3 {
+        flood();
+        let answer = Connection::ask(nginx.http, Request::post("/events/demo").body("x"));
+        assert_eq!(answer.status, 201, "others are served");
+    }
+
+    let requests = fs::read_to_string(nginx.access_log()).expect("there is one").lines().count();
+    assert!(requests < 3 * 1_100, "{requests} of {} got that far", 3 * STREAMS);
+    let opened: f64 = gateways.iter().map(|gateway| gateway.metric("tidegate_streams_opened_total")).sum();
+    assert!(opened < 3.0 * 1_100.0, "{opened} reached a gateway");
 }
 
 #[test]

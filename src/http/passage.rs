@@ -107,10 +107,12 @@ fn names_admin(host: &str, names: &[String]) -> bool {
 fn begin(request: &mut ServiceRequest) -> Serving {
     let slot = slot(request.request());
     match request.take_payload() {
-        Payload::None => {}
-        payload => request.set_payload(Payload::Stream { payload: Box::pin(Body { payload, slot: slot.clone() }) }),
+        Payload::None => slot.serve(false),
+        payload => {
+            request.set_payload(Payload::Stream { payload: Box::pin(Body { payload, slot: slot.clone() }) });
+            slot.serve(true)
+        }
     }
-    slot.serve()
 }
 
 fn slot(request: &HttpRequest) -> Rc<Slot> {

@@ -279,6 +279,16 @@ impl Connection {
         sent
     }
 
+    /// Sends bytes, unless the other side goes away meanwhile.
+    pub fn try_send_bytes(&mut self, bytes: &[u8]) {
+        let _ = self.socket.write_all(bytes);
+    }
+
+    /// Sends the same bytes up to so many times, and says how often until the other side had gone away.
+    pub fn send_until_closed(&mut self, bytes: &[u8], times: usize) -> usize {
+        (0..times).take_while(|_| self.socket.write_all(bytes).is_ok()).count()
+    }
+
     /// Sends the same bytes again and again and reads nothing, until the other side has gone away.
     pub fn flood(&mut self, bytes: &[u8], mut meanwhile: impl FnMut()) {
         let deadline = Instant::now() + PATIENCE;
