@@ -8,6 +8,7 @@
 mod support;
 
 mod dev_server;
+mod docs;
 mod drivers;
 mod pipe;
 mod stage;

@@ -23,9 +23,21 @@ function listen(source, told) {
 }
 
 const CLIENTS = {
-  "eventsource": (url, told) => listen(new EventSource(url), told),
+  "eventsource"(url, told) {
+    // docs: eventsource
+    const source = new EventSource(url);
+    // docs end
+    return listen(source, told);
+  },
+
   "undici": (url, told) => listen(new UndiciEventSource(url), told),
-  "event-source-polyfill": (url, told) => listen(new EventSourcePolyfill(url), told),
+
+  "event-source-polyfill"(url, told) {
+    // docs: event-source-polyfill
+    const source = new EventSourcePolyfill(url);
+    // docs end
+    return listen(source, told);
+  },
 
   "eventsource-client"(url, told) {
     const show = ({ event = "message", id, data }) => told.event(event, id, data);

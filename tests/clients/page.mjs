@@ -5,9 +5,9 @@ import ReconnectingEventSource from "./modules/reconnecting-eventsource/build/es
 const TYPES = ["message", "tidegate.position", "tidegate.refused", "tidegate.bye", "tidegate.gap"];
 const open = new Map();
 
-/** Reads with anything that has the interface of EventSource. Returns what closes it. */
-function listen(source, told) {
-  for (const type of TYPES) source.addEventListener(type, (event) => told.event(event.type, event.lastEventId, event.data));
+/** Tells what anything with the interface of EventSource says. Returns what closes it. */
+function listen(source, told, types = TYPES) {
+  for (const type of types) source.addEventListener(type, (event) => told.event(event.type, event.lastEventId, event.data));
   source.addEventListener("error", (event) => {
     told.error(event.type);
     if (source.readyState === 2) told.end("readyState is CLOSED");
@@ -16,8 +16,24 @@ function listen(source, told) {
 }
 
 const CLIENTS = {
-  native: (url, told) => listen(new EventSource(url), told),
-  "reconnecting-eventsource": (url, told) => listen(new ReconnectingEventSource(url), told),
+  native(url, told) {
+    const show = (event) => told.event(event.type, event.lastEventId, event.data);
+    const missing = (gap) => told.event("tidegate.gap", gap.resumed, gap.reason);
+    // docs: EventSource
+    const source = new EventSource(url);
+    source.onmessage = (event) => show(event); // events without a type
+    source.addEventListener("order.paid", (event) => show(event)); // and those of each type that you name
+    source.addEventListener("tidegate.gap", (event) => missing(JSON.parse(event.data))); // history was lost: load anew
+    // docs end
+    return listen(source, told, ["tidegate.position", "tidegate.refused", "tidegate.bye"]);
+  },
+
+  "reconnecting-eventsource"(url, told) {
+    // docs: reconnecting-eventsource
+    const source = new ReconnectingEventSource(url);
+    // docs end
+    return listen(source, told);
+  },
 
   /** The first example of its README. */
   "fetch-event-source once"(url, told) {

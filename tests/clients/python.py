@@ -3,7 +3,7 @@ own. Reads and writes one JSON object a line, as tests/clients/drivers.rs has it
 
 import asyncio, json, os, platform, sys, threading, time, traceback
 
-import aiohttp, httpx, requests, requests_sse, sseclient
+import aiohttp, httpx, requests, requests_sse, sseclient, urllib3
 from aiohttp_sse_client2.client import EventSource
 from httpx_sse import SSEError, connect_sse
 
@@ -122,6 +122,34 @@ def sseclient_py_requests(stream):
     # docs end
 
 
+def sseclient_py_urllib3(stream):
+    url = stream.url
+
+    def show(event):
+        stream.event(event.event, event.id, event.data)
+
+    def note(error):
+        stream.error(error)
+
+    # docs: sseclient-py over urllib3
+    last_event_id, retry = None, 2.0
+    http = urllib3.PoolManager(timeout=urllib3.Timeout(connect=10, read=45), retries=False)
+    while True:
+        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last_event_id} if last_event_id else {})}
+        try:
+            with http.request("GET", url, headers=headers, preload_content=False) as response:
+                if response.status != 200:
+                    raise RuntimeError(f"status {response.status}")
+                for event in sseclient.SSEClient(response).events():
+                    last_event_id = event.id or last_event_id
+                    retry = int(event.retry) / 1000 if event.retry else retry
+                    show(event)
+        except urllib3.exceptions.HTTPError as error:
+            note(error)
+        time.sleep(retry)
+    # docs end
+
+
 def plain_requests(stream):
     url = stream.url
 
@@ -139,8 +167,8 @@ def plain_requests(stream):
         try:
             with requests.get(url, stream=True, headers=headers, timeout=(10, 45)) as response:
                 response.raise_for_status()
-                response.encoding = "utf-8"  # requests takes any text without a charset for ISO-8859-1
-                for line in response.iter_lines(chunk_size=None, decode_unicode=True, delimiter="\n"):
+                for line in response.iter_lines(chunk_size=None):  # bytes, as they come
+                    line = line.decode("utf-8")
                     name, _, value = line.partition(":")
                     value = value.removeprefix(" ")
                     if name == "data":
@@ -217,6 +245,7 @@ CLIENTS = {
     "httpx-sse": httpx_sse,
     "sseclient-py over httpx": sseclient_py_httpx,
     "sseclient-py over requests": sseclient_py_requests,
+    "sseclient-py over urllib3": sseclient_py_urllib3,
     "requests": plain_requests,
     "requests-sse": requests_sse_,
     "aiohttp-sse-client2 once": aiohttp_sse_client2_once,

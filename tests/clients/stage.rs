@@ -241,6 +241,11 @@ impl Stage {
                 wrong.push(format!("{}\n    {}", surprises.join("\n"), reader.look(brief)));
             }
         }
+        if let (Some(nginx), Place::Http2) = (&self.nginx, self.place) {
+            let log = fs::read_to_string(nginx.access_log()).expect("nginx has logged requests");
+            let mut requests = log.lines().filter(|line| line.contains(" /events/"));
+            assert!(requests.all(|line| line.contains(" HTTP/2.0 ")), "all speak HTTP/2:\n{log}");
+        }
         let (scenario, place, count) = (self.scenario, self.place, self.published.len());
         assert!(wrong.is_empty(), "{scenario:?} {place:?}, {count} events:\n{}", wrong.join("\n"));
     }
