@@ -9,7 +9,7 @@ use std::{
 use actix_server::ServerHandle;
 use tokio::{
     runtime::Handle,
-    sync::{oneshot, watch},
+    sync::{Semaphore, oneshot, watch},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -160,6 +160,7 @@ impl Gateway {
             debug: config.debug.clone(),
             admin_hosts: config.admin.hosts.clone().into(),
             cors: cors.subscribe(),
+            large_lines: Arc::new(Semaphore::new(1)),
             leaving: leaving.clone(),
             draining: draining.clone(),
             absence: Arc::new(http::Absence::bearable_for(config.nats.away_after)),

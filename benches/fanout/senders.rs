@@ -26,6 +26,12 @@ struct Kind {
     reads: bool,
 }
 
+/// Times of publishing in one round: the median and the 99th percentile, in milliseconds.
+struct Round {
+    calm: (f64, f64),
+    flooded: (f64, f64),
+}
+
 fn kinds() -> Vec<Kind> {
     let kind = |name, line: String, reads| {
         let times = (64 << 10) / line.len().min(64 << 10);
@@ -53,18 +59,18 @@ pub fn compare() {
             for _ in 0..ROUNDS {
                 let calm = publishing::while_it_takes(&target, || thread::sleep(TURN));
                 let flooded = publishing::while_it_takes(&target, || flood(target.address, &kind));
-                rounds.push((calm, flooded));
+                rounds.push(Round { calm, flooded });
             }
-            let of = |pick: fn(&((f64, f64), (f64, f64))) -> f64| median(rounds.iter().map(pick));
+            let of = |pick: fn(&Round) -> f64| median(rounds.iter().map(pick));
             println!(
                 "{:>9} {:<24} {:>8.1} {:>8.1} {:>17.1} {:>8.1} {:>11.1}",
                 target.name,
                 kind.name,
-                of(|(_, flooded)| flooded.0),
-                of(|(_, flooded)| flooded.1),
-                of(|(calm, _)| calm.0),
-                of(|(calm, _)| calm.1),
-                of(|(calm, flooded)| flooded.1 / calm.1),
+                of(|round| round.flooded.0),
+                of(|round| round.flooded.1),
+                of(|round| round.calm.0),
+                of(|round| round.calm.1),
+                of(|round| round.flooded.1 / round.calm.1),
             );
         }
     }

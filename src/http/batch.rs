@@ -84,6 +84,8 @@ const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 /// events to the broker, which then works on them while more are read.
 const TURN_LINES: usize = 16;
 const TURN_BYTES: usize = 64 << 10;
+/// The longest line that is read in such a turn: one of 2 MB takes ten milliseconds.
+const SMALL_LINE_BYTES: usize = 64 << 10;
 
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
@@ -247,7 +249,7 @@ impl Batch {
                 return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
             }
         };
-        let publication = parse(&line, self.app.limits.borrow().event_bytes).and_then(|publication| {
+        let publication = self.parse(line).await.and_then(|publication| {
             who::check_publish(&self.principal, &publication.subject)?;
             Ok(publication)
         });
@@ -265,6 +267,20 @@ impl Batch {
                 }
             })),
         }
+    }
+
+    /// Reads a line here, or, if that may take long, on a thread where nobody waits.
+    async fn parse(&self, line: Bytes) -> Result<Publication, ApiError> {
+        let event_bytes_max = self.app.limits.borrow().event_bytes;
+        if line.len() <= SMALL_LINE_BYTES {
+            return parse(&line, event_bytes_max);
+        }
+        let permit = self.app.large_lines.clone().acquire_owned().await.expect("it is never closed");
+        let parsed = web::block(move || {
+            let _permit = permit;
+            parse(&line, event_bytes_max)
+        });
+        parsed.await.unwrap_or_else(|_| Err(ApiError::new(Code::Internal, "")))
     }
 
     fn answer(&mut self, answer: Answer) {

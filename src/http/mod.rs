@@ -82,6 +82,8 @@ pub struct App {
     /// Under which the admin listener is asked, beside addresses.
     pub admin_hosts: Arc<[String]>,
     pub cors: watch::Receiver<Cors>,
+    /// The right to read a large line of a batch: one at a time, so that requests have all other threads.
+    pub large_lines: Arc<Semaphore>,
     /// Cancelled when the node wants no more requests. It still serves those that come.
     pub leaving: CancellationToken,
     /// Cancelled when the node begins to drain.
