@@ -60,7 +60,7 @@ metrics! {
     bytes_delivered: IntCounter("tidegate_bytes_delivered_total", "Bytes written to streams.");
     writes: IntCounter("tidegate_writes_total", "Writes to streams; each may carry several events.");
     delivery_seconds: Histogram("tidegate_delivery_seconds", "From an event's storage to its write to a client, for the newest of each write; history is not counted.", [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]);
-    publishes: IntCounterVec("tidegate_publishes_total", "Events taken in over HTTP, by what became of them.", ["outcome": "stored", "unavailable", "unknown", "condition", "refused"]);
+    publishes: IntCounterVec("tidegate_publishes_total", "Events taken in over HTTP, by what became of them.", ["outcome": "stored", "unavailable", "unknown", "condition", "key", "refused"]);
     publish_bytes: IntCounter("tidegate_publish_bytes_total", "Bytes of payload that were stored over HTTP.");
     publish_seconds: Histogram("tidegate_publish_seconds", "From handing an event to the broker to its acknowledgement.", [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0]);
     doubts: IntCounterVec("tidegate_doubts_total", "Times a feed read again from its proven position, by why.", ["cause": "new", "chain", "overflow", "recreated", "audit"]);

@@ -15,6 +15,7 @@ use jsonwebtoken::{Algorithm, EncodingKey};
 use serde_json::{Value, json};
 use support::{
     PATIENCE,
+    backend::Backend,
     browser::Browser,
     gateway::{Gateway, Launch},
     http::{Request, Response},
@@ -541,6 +542,34 @@ fn anonymous_access_is_a_list_of_filters() {
     );
     let answer = gateway.ask("/events/other");
     assert_eq!(answer.header("WWW-Authenticate"), Some("Bearer"));
+}
+
+#[test]
+fn the_keys_of_two_principals_are_two_and_a_renewed_token_is_the_same_one() {
+    for broker in [Backend::embedded(), Backend::nats()] {
+        let gateway = broker
+            .gateway()
+            .with("auth.jwt.secret", SECRET)
+            .with("auth.anonymous.publish", r#"["demo"]"#)
+            .with("auth.anonymous.subscribe", r#"["demo"]"#)
+            .start();
+        let publish = |sub: Option<&str>, lifetime: u64, payload: &str| {
+            let request = Request::post("/events/demo").header("Idempotency-Key", "guessed").body(payload);
+            let bearer =
+                |sub| token(json!({ "sub": sub, "exp": now() + lifetime, "tidegate": { "publish": ["demo"] } }));
+            let answer = gateway.ask(sub.map_or(request.clone(), |sub| request.bearer(&bearer(sub))));
+            assert_eq!(answer.status, 201, "{answer:?}");
+            (answer.json()["id"].clone(), answer.json()["duplicate"].clone())
+        };
+
+        let mallory = publish(Some("mallory"), 60, "hers");
+        let ann = publish(Some("ann"), 60, "anns");
+        let anybody = publish(None, 60, "anybodys");
+
+        assert_eq!([&mallory.1, &ann.1, &anybody.1], [false; 3], "nobody's event is taken for another's");
+        assert_eq!(publish(Some("ann"), 120, "anns"), (ann.0, json!(true)), "under another token");
+        assert_eq!(gateway.stream("/events/demo?from=first").data(3), ["hers", "anns", "anybodys"]);
+    }
 }
 
 #[test]

@@ -61,6 +61,7 @@ macro_rules! contract_for {
             a_snapshot_of_nothing_is_empty,
             what_expired_by_its_own_time_is_gone,
             a_key_stores_once_on_each_subject,
+            a_key_is_of_one_event,
             the_last_event_is_a_condition,
             an_id_of_another_incarnation_is_never_the_last,
             no_event_yet_is_a_condition,
@@ -317,6 +318,24 @@ async fn a_key_stores_once_on_each_subject(broker: &dyn Broker) {
     assert_eq!((first.duplicate, again), (false, Published { duplicate: true, ..first }));
     assert_eq!((elsewhere.id.sequence, elsewhere.duplicate), (2, false));
     assert_eq!((other.id.sequence, other.duplicate), (3, false));
+}
+
+async fn a_key_is_of_one_event(broker: &dyn Broker) {
+    let kind = |text| Some(EventType::parse(text).unwrap());
+    let first = || Publication { key: Some("k".into()), kind: kind("t"), ..on("a") };
+    let stored = publish(broker, first()).await.unwrap();
+
+    for changed in [
+        Publication { payload: "other".into(), ..first() },
+        Publication { kind: kind("u"), ..first() },
+        Publication { kind: None, ..first() },
+        Publication { payload: "other".into(), condition: Some(Condition::NoneYet), ..first() },
+    ] {
+        assert_eq!(publish(broker, changed).await, Err(PublishError::KeyReused));
+    }
+
+    assert_eq!(publish(broker, first()).await, Ok(Published { duplicate: true, ..stored }));
+    assert_eq!(read_all(broker, "a").await.len(), 1);
 }
 
 async fn the_last_event_is_a_condition(broker: &dyn Broker) {

@@ -24,6 +24,7 @@ on_every_broker!(
     a_body_that_does_not_come_is_given_up,
     an_events_ttl_removes_it,
     a_key_is_stored_once_per_subject,
+    a_key_that_comes_again_with_another_event_is_refused,
     if_match_stores_only_after_that_event,
     if_none_match_stores_only_the_first,
     a_conditional_retry_finds_its_own_first_try,
@@ -165,20 +166,49 @@ fn a_key_is_stored_once_per_subject(broker: Backend) {
 
     let first = publish("a", "key 1", "1");
     let again = publish("a", "key 1", "1");
-    let changed = publish("a", "key 1", "another payload");
     let elsewhere = publish("b", "key 1", "2");
     let another = publish("a", "key 2", "3");
     let in_a_batch = gateway.ask(Request::batch().body(
-        line(json!({ "subject": "a", "data": "x", "idempotency_key": "key 1" }))
+        line(json!({ "subject": "a", "data": "1", "idempotency_key": "key 1" }))
             + &line(json!({ "subject": "a", "data": "4", "idempotency_key": "KEY 1" })),
     ));
 
-    assert_eq!([&first, &again, &changed, &elsewhere, &another].map(is_duplicate), [false, true, true, false, false]);
-    assert_eq!((id_of(&again), id_of(&changed)), (id_of(&first), id_of(&first)));
+    assert_eq!([&first, &again, &elsewhere, &another].map(is_duplicate), [false, true, false, false]);
+    assert_eq!(id_of(&again), id_of(&first));
     let answers = in_a_batch.json_lines();
     assert_eq!((&answers[0]["duplicate"], &answers[0]["id"]), (&json!(true), &first.json()["id"]));
     assert_eq!(answers[1]["duplicate"], false);
     assert_eq!(gateway.stream("/events/*?from=first").data(4), ["1", "2", "3", "4"]);
+}
+
+fn a_key_that_comes_again_with_another_event_is_refused(broker: Backend) {
+    let gateway = broker.gateway().start();
+    let publish = |target: &str, key: &str, payload: &str| post(&gateway, target, &[("Idempotency-Key", key)], payload);
+    let first = id_of(&publish("/events/a?type=t", "key", "1"));
+    let large = "x".repeat(1_000_000);
+    id_of(&publish("/events/large", "key", &large));
+
+    for changed in [
+        publish("/events/a?type=t", "key", "2"),
+        publish("/events/a?type=t", "key", ""),
+        publish("/events/a?type=u", "key", "1"),
+        publish("/events/a", "key", "1"),
+        publish("/events/large", "key", &large[1..]),
+        gateway.ask(Request::batch().body(line(json!({ "subject": "a", "data": "2", "idempotency_key": "key" })))),
+    ] {
+        let problem = &changed.json_lines()[0];
+        assert_eq!(
+            (&problem["status"], &problem["code"]),
+            (&json!(422), &json!("idempotency_key_reused")),
+            "{problem}"
+        );
+    }
+
+    // How long it is kept is nothing that the event is.
+    let again = publish("/events/a?type=t&ttl=1h", "key", "1");
+    assert_eq!((id_of(&again), is_duplicate(&again)), (first, true));
+    assert!(is_duplicate(&publish("/events/large", "key", &large)));
+    assert_eq!(kept(&gateway, "a", "a"), ["1"]);
 }
 
 fn if_match_stores_only_after_that_event(broker: Backend) {
@@ -237,6 +267,7 @@ fn a_conditional_retry_finds_its_own_first_try(broker: Backend) {
     let try_two = post(&gateway, "/events/state", &if_match, "2");
     let lock_one = post(&gateway, "/events/lock", &if_none_match, "4");
     let lock_two = post(&gateway, "/events/lock", &if_none_match, "4");
+    let changed = post(&gateway, "/events/state", &if_match, "another");
     let somebody_else = post(&gateway, "/events/state", &[("If-Match", &quoted), ("Idempotency-Key", "other")], "5");
     let in_a_batch =
         gateway
@@ -246,7 +277,7 @@ fn a_conditional_retry_finds_its_own_first_try(broker: Backend) {
 
     assert_eq!((id_of(&try_two), id_of(&lock_two)), (id_of(&try_one), id_of(&lock_one)), "as the first was answered");
     assert_eq!([&try_one, &try_two, &lock_one, &lock_two].map(is_duplicate), [false, true, false, true]);
-    assert_eq!(somebody_else.status, 412);
+    assert_eq!((changed.status, somebody_else.status), (422, 412));
     assert_eq!(in_a_batch.json_lines()[0]["id"], try_one.json()["id"]);
     assert_eq!(gateway.stream("/events/*?from=first").data(4), ["1", "2", "3", "4"]);
 }

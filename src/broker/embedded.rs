@@ -18,6 +18,7 @@ use std::{
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use jiff::{SignedDuration, Timestamp};
+use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::{
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::{
     config,
-    event::{Epoch, Event, EventId},
+    event::{Epoch, Event, EventId, EventType},
     subject::{Filter, Subject},
 };
 
@@ -61,7 +62,7 @@ struct Log {
     first: u64,
     last: u64,
     expiries: BTreeSet<(Timestamp, u64)>,
-    keys: HashMap<(Subject, String), u64>,
+    keys: HashMap<(Subject, String), Keyed>,
     keys_by_age: VecDeque<(Instant, (Subject, String))>,
     exact: HashMap<Subject, Vec<Listener>>,
     wild: Vec<(Filter, Listener)>,
@@ -71,6 +72,21 @@ struct Log {
 /// What keeping an event costs in memory, roughly.
 fn bytes_of(event: &Event) -> usize {
     event.payload.len() + event.subject.as_str().len() + EVENT_OVERHEAD_BYTES
+}
+
+/// The event that was stored with a key. It may be gone before its key is.
+struct Keyed {
+    sequence: u64,
+    content: Content,
+}
+
+/// Tells a type and payload from any other.
+type Content = [u8; 32];
+
+fn content(kind: Option<&EventType>, payload: &[u8]) -> Content {
+    // Types have no control characters, and are not empty.
+    let kind = kind.map_or("", EventType::as_str);
+    Sha256::new().chain_update(kind).chain_update([0]).chain_update(payload).finalize().into()
 }
 
 struct Listener {
@@ -138,12 +154,19 @@ impl Embedded {
     }
 
     fn store(&self, publication: Publication) -> Result<Published, PublishError> {
-        let mut log = self.log();
         let Publication { subject, kind, payload, ttl, key, condition } = publication;
-        let key = key.map(|key| (subject.clone(), key));
+        // Before the log is held: of a large payload it takes a millisecond.
+        let key = key.map(|key| ((subject.clone(), key), content(kind.as_ref(), &payload)));
+        let mut log = self.log();
         let published = |sequence, duplicate| Published { id: EventId { epoch: self.epoch, sequence }, duplicate };
-        if let Some(sequence) = key.as_ref().and_then(|key| log.keys.get(key)) {
-            return Ok(published(*sequence, true));
+        if let Some((key, content)) = &key
+            && let Some(first) = log.keys.get(key)
+        {
+            return if first.content == *content {
+                Ok(published(first.sequence, true))
+            } else {
+                Err(PublishError::KeyReused)
+            };
         }
         let previous = log.last_of(&subject);
         let holds = match condition {
@@ -156,8 +179,8 @@ impl Embedded {
         }
         let sequence = log.last + 1;
         let now = Instant::now();
-        if let Some(key) = key {
-            log.keys.insert(key.clone(), sequence);
+        if let Some((key, content)) = key {
+            log.keys.insert(key.clone(), Keyed { sequence, content });
             log.keys_by_age.push_back((now, key));
         }
         let newest = log.events.last_key_value().map(|(_, event)| event.time);

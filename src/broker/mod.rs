@@ -85,7 +85,8 @@ pub struct Publication {
     pub payload: Bytes,
     /// How long the event is kept, in whole seconds, at least one. `None`: as long as the stream keeps anything.
     pub ttl: Option<Duration>,
-    /// Publications with the same subject and key, within the broker's window, are stored once.
+    /// Publications with the same subject and key, within the broker's window, are stored once; one that has another type
+    /// or payload is refused. Whose key it is, is part of it.
     pub key: Option<String>,
     pub condition: Option<Condition>,
 }
@@ -118,6 +119,8 @@ pub enum PublishError {
     OutcomeUnknown,
     #[error("the subject's last event is another one; nothing was stored")]
     ConditionFailed,
+    #[error("another event was stored with this key; this one was not")]
+    KeyReused,
     #[error("the broker refused the event: {0}")]
     Refused(String),
 }

@@ -37,7 +37,7 @@ use super::{
     App,
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
     passage::caller,
-    publish::{Receipt, check_coding, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
+    publish::{Receipt, check_coding, key_of, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
     query::Parameters,
     who,
 };
@@ -249,8 +249,9 @@ impl Batch {
                 return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
             }
         };
-        let publication = self.parse(line).await.and_then(|publication| {
+        let publication = self.parse(line).await.and_then(|mut publication| {
             who::check_publish(&self.principal, &publication.subject)?;
+            publication.key = publication.key.map(|key| key_of(&self.principal, &key));
             Ok(publication)
         });
         let publication = match publication {

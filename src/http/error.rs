@@ -77,6 +77,7 @@ codes! {
     LineTooLong = 413 "line_too_long" "The line is too long";
     TargetTooLong = 414 "target_too_long" "The request's target is too long";
     UnsupportedMediaType = 415 "unsupported_media_type" "The body is of a type or encoding that is not taken here";
+    IdempotencyKeyReused = 422 "idempotency_key_reused" "The idempotency key belongs to another event";
     TooManyAttempts = 429 "too_many_attempts" "This address asks for streams too often";
     TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "This address has no room for another stream";
     TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "You have no room for another stream";
@@ -247,10 +248,15 @@ impl From<PublishError> for ApiError {
             PublishError::Unavailable => Code::BrokerUnavailable,
             PublishError::OutcomeUnknown => Code::OutcomeUnknown,
             PublishError::ConditionFailed => Code::ConditionFailed,
+            PublishError::KeyReused => Code::IdempotencyKeyReused,
             PublishError::Refused(_) => Code::BrokerRefused,
         };
         let detail = match &error {
-            PublishError::OutcomeUnknown => "try again with the same Idempotency-Key: it is stored once".into(),
+            PublishError::OutcomeUnknown => "try again with the same idempotency key: it is stored once".into(),
+            PublishError::KeyReused => {
+                "an event with this key was stored on this subject, with another type or payload; this one was not"
+                    .into()
+            }
             PublishError::Refused(reason) => reason.clone(),
             PublishError::Unavailable => "nothing was stored".into(),
             PublishError::ConditionFailed => String::new(),

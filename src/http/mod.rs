@@ -262,6 +262,7 @@ fn count_publish(metrics: &Metrics, outcome: Result<&Published, &PublishError>) 
         Err(PublishError::Unavailable) => "unavailable",
         Err(PublishError::OutcomeUnknown) => "unknown",
         Err(PublishError::ConditionFailed) => "condition",
+        Err(PublishError::KeyReused) => "key",
         Err(PublishError::Refused(_)) => "refused",
     };
     metrics.publishes.with_label_values(&[label]).inc();

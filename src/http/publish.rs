@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use actix_web::{HttpRequest, HttpResponse, http::header, web};
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::{
     App,
@@ -15,6 +17,7 @@ use super::{
     who,
 };
 use crate::{
+    auth::Principal,
     broker::{Condition, Publication, Published},
     config::parse_duration,
     event::{EventId, EventIdError, EventType},
@@ -76,6 +79,7 @@ async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Resul
     let payload = read_body(app, request, payload).await?;
     let bytes = app.shares.publish_bytes(&caller, payload.len());
     bytes.map_err(|wait| ApiError::over_rate(Code::TooManyBytes, wait))?;
+    let key = key.map(|key| key_of(&principal, &key));
     let publication = Publication { subject: subject.clone(), kind, payload, ttl, key, condition };
     let published = app.publish(&principal, publication).await?.await?;
     Ok(HttpResponse::Created().json(Receipt::new(published, &subject)))
@@ -102,6 +106,14 @@ pub fn parse_key(text: &str) -> Result<String, String> {
         return Err(format!("an idempotency key has 1 to {KEY_BYTES_MAX} bytes and no control characters"));
     }
     Ok(text.to_owned())
+}
+
+/// An idempotency key of this principal's, which is no other's: nobody learns of, or takes the place of, an event of
+/// somebody else by guessing a key. Of the same length, whatever names and keys are.
+pub fn key_of(principal: &Principal, key: &str) -> String {
+    // A key has no control characters: it begins behind the last.
+    let digest = Sha256::new().chain_update(principal.name()).chain_update([0]).chain_update(key).finalize();
+    URL_SAFE_NO_PAD.encode(digest)
 }
 
 pub fn parse_id(text: &str) -> Result<EventId, String> {

@@ -7,17 +7,19 @@ use async_nats::{
 };
 use async_trait::async_trait;
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use bytes::Bytes;
 use serde::Deserialize;
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::{
     api::{Api, Refusal, code},
     leader::{Leader, Sending},
-    message::TYPE,
+    message::{Stored, TYPE},
 };
 use crate::{
     broker::{Acknowledgement, Condition, Publication, Publish, PublishError, Published},
-    event::EventId,
+    event::{EventId, EventType},
     subject::Subject,
 };
 
@@ -30,14 +32,17 @@ pub(super) struct Publisher {
     pub timeout: std::time::Duration,
 }
 
-/// What it takes to recognise one's own first try.
-struct Retry {
+/// A publication with a key, and what it takes to recognise its first try in the stream.
+struct Keyed {
     leader: Leader,
-    subject: String,
-    message_id: String,
-    /// The sequence that the condition named; 0 for none yet.
-    after: u64,
     sending: Sending,
+    subject: String,
+    prefix: String,
+    message_id: String,
+    kind: Option<EventType>,
+    payload: Bytes,
+    /// The sequence that a condition named; 0 for none yet.
+    after: Option<u64>,
 }
 
 #[async_trait]
@@ -73,6 +78,18 @@ impl Publish for Publisher {
         let sending = self.leader.sending();
         let mut reply = requests.expect();
         let (to, reply_to) = (subject.clone(), reply.subject.clone());
+        let keyed = publication.key.is_some().then(|| {
+            Box::new(Keyed {
+                leader: self.leader.clone(),
+                sending,
+                subject,
+                prefix: self.prefix.clone(),
+                message_id,
+                kind: publication.kind,
+                payload: publication.payload.clone(),
+                after,
+            })
+        });
         let sent = requests.client.publish_with_reply_and_headers(to, reply_to, headers, publication.payload);
         match tokio::time::timeout(self.timeout, Box::pin(sent)).await {
             Ok(Ok(())) => {}
@@ -89,8 +106,6 @@ impl Publish for Publisher {
         }
 
         let (leader, timeout) = (self.leader.clone(), self.timeout);
-        let own = publication.key.and(after);
-        let retry = own.map(|after| Retry { leader: leader.clone(), subject, message_id, after, sending });
         Ok(Box::pin(async move {
             // The connection may have broken with the event in async-nats' queue, which is sent on the next connection:
             // a time-out says nothing of the outcome.
@@ -99,6 +114,9 @@ impl Publish for Publisher {
                 return Err(PublishError::Unavailable);
             }
             match verdict(&message.payload) {
+                Verdict::Stored { sequence, duplicate: true } if let Some(keyed) = keyed => {
+                    Box::pin(keyed.duplicate_of(sequence)).await
+                }
                 Verdict::Stored { sequence, duplicate } => {
                     // Stored, but where? Whoever tries again with the same key gets the right id.
                     let epoch = match duplicate {
@@ -108,8 +126,8 @@ impl Publish for Publisher {
                     let epoch = epoch.ok_or(PublishError::OutcomeUnknown)?;
                     Ok(Published { id: EventId { epoch, sequence }, duplicate })
                 }
-                Verdict::ConditionFailed { settled } => match retry {
-                    Some(retry) => Box::pin(retry.own_first_try(settled)).await,
+                Verdict::ConditionFailed { settled } => match keyed {
+                    Some(keyed) => Box::pin(keyed.own_first_try(settled)).await,
                     None => Err(PublishError::ConditionFailed),
                 },
                 Verdict::Failed(error) => Err(error),
@@ -132,20 +150,44 @@ impl Publisher {
     }
 }
 
-impl Retry {
+impl Keyed {
+    /// What is answered where the stream has this message id already, at this sequence.
+    async fn duplicate_of(self, sequence: u64) -> Result<Published, PublishError> {
+        let stored = self.leader.get(json!({ "seq": sequence })).await.map_err(|_| PublishError::OutcomeUnknown)?;
+        // Where it is gone, nobody knows what it was, and its message id is remembered all the same.
+        if stored.is_some_and(|stored| self.is_first_try(&stored) && !self.is_same(&stored)) {
+            return Err(PublishError::KeyReused);
+        }
+        self.published(sequence).await
+    }
+
     /// Whether the condition failed because of our own first try, which is then the event right after the one that the
     /// condition named. Servers differ: up to 2.11 a known message id is answered as a duplicate before conditions are
     /// looked at; later ones look at the conditions first.
     async fn own_first_try(self, settled: bool) -> Result<Published, PublishError> {
-        match self.leader.next(self.after.saturating_add(1), &self.subject).await {
-            Ok(Some(stored)) if stored.message_id().as_ref() == Some(&self.message_id) => {
-                let epoch = self.leader.answered(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
-                let id = EventId { epoch, sequence: stored.sequence };
-                Ok(Published { id, duplicate: true })
-            }
+        let after = self.after.ok_or(PublishError::ConditionFailed)?;
+        match self.leader.next(after.saturating_add(1), &self.subject).await {
+            Ok(Some(stored)) if self.is_first_try(&stored) => match self.is_same(&stored) {
+                true => self.published(stored.sequence).await,
+                false => Err(PublishError::KeyReused),
+            },
             Ok(_) if settled => Err(PublishError::ConditionFailed),
             Ok(_) | Err(_) => Err(PublishError::OutcomeUnknown),
         }
+    }
+
+    fn is_first_try(&self, stored: &Stored) -> bool {
+        stored.message_id().as_ref() == Some(&self.message_id)
+    }
+
+    /// Whether the stored message has this type and payload. One that can't be read as an event is not held against it.
+    fn is_same(&self, stored: &Stored) -> bool {
+        stored.event(&self.prefix).is_none_or(|event| event.kind == self.kind && event.payload == self.payload)
+    }
+
+    async fn published(&self, sequence: u64) -> Result<Published, PublishError> {
+        let epoch = self.leader.answered(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
+        Ok(Published { id: EventId { epoch, sequence }, duplicate: true })
     }
 }
 
