@@ -1,6 +1,7 @@
 //! Settings: defaults, file, environment and flags, in rising order of strength, turned once into the values that the
 //! rest uses. After [`Config::load`] nothing is checked again.
 
+mod advice;
 mod auth;
 mod sources;
 
@@ -15,6 +16,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
 pub use self::{
+    advice::advice,
     auth::{ApiKey, Auth, AuthMode, Jwt, Policy, Rights, Secret},
     sources::Sources,
 };
@@ -173,6 +175,8 @@ pub struct Limits {
     pub body: Duration,
     #[serde(deserialize_with = "positive")]
     pub connections: usize,
+    #[serde(deserialize_with = "positive")]
+    pub backlog: usize,
     // What one address or principal may have. 0 is without limit.
     pub address_connections: usize,
     pub address_streams: usize,
@@ -262,7 +266,7 @@ impl Config {
 
     /// Whether a setting can change under a gateway that runs; all others are of its start.
     pub fn changes_while_it_runs(key: &str) -> bool {
-        let of_servers = ["event_bytes", "connections", "request_head", "keep_alive"];
+        let of_servers = ["event_bytes", "connections", "backlog", "request_head", "keep_alive"];
         match key.split_once('.') {
             Some(("auth", "jwt.expiry_warning")) => false,
             Some(("auth" | "cors", _) | ("log", "filter")) => true,
@@ -467,7 +471,7 @@ mod tests {
             ("nats.stream.name", "a.b", "is made of"),
             ("nats.strem.name", "a", "did you mean nats.stream.name?"),
             ("auth.cookie", "a=b", "no cookie's name"),
-            ("auth.jwt.jwks_url", "id.example.com/jwks", "begins with https://"),
+            ("auth.jwt.jwks_url", "id.example.com/jwks", "does not begin with https://"),
             ("auth.jwt.leeway", "1h", "more than"),
             ("address_header", "x-real-ip", "unknown variant"),
             ("limits.head_bytes", "200000", "no more than 131072 are ever read"),

@@ -8,6 +8,7 @@ use std::{
 
 use actix_server::ServerHandle;
 use tokio::{
+    net::TcpSocket,
     runtime::Handle,
     sync::{Semaphore, oneshot, watch},
 };
@@ -122,8 +123,9 @@ impl Gateway {
         let metrics = Arc::new(Metrics::new());
         let auth_tasks = Tasks::new(Handle::current());
         let auth = Auth::start(&config.auth, config.listen, metrics.clone(), &auth_tasks).await?;
-        let public = bind("listen", config.listen)?;
-        let admin = bind("admin_listen", config.admin_listen)?;
+        let public = bind("listen", config.listen, config.limits.backlog)?;
+        let admin = bind("admin_listen", config.admin_listen, config.limits.backlog)?;
+        check_backlog(config.limits.backlog);
         let broker: SharedBroker = if config.nats.url.is_empty() {
             Arc::new(Embedded::new(&config.embedded, &config.history))
         } else {
@@ -283,10 +285,26 @@ fn cors(config: &Config, auth: &Auth) -> Cors {
     Cors::new(&config.cors, unlisted)
 }
 
-fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
-    let listener = TcpListener::bind(address).map_err(|source| StartError::Listen { key, address, source })?;
-    listener.set_nonblocking(true).map_err(|source| StartError::Listen { key, address, source })?;
-    Ok(listener)
+/// A listener for whose connections the kernel keeps room until they are accepted.
+fn bind(key: &'static str, address: SocketAddr, backlog: usize) -> Result<TcpListener, StartError> {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(u32::try_from(backlog).unwrap_or(u32::MAX))?.into_std()
+    };
+    listen().map_err(|source| StartError::Listen { key, address, source })
+}
+
+/// Says so where the kernel keeps less room than that, without an error.
+fn check_backlog(backlog: usize) {
+    let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").ok().and_then(|text| text.trim().parse().ok());
+    if let Some(most) = most.filter(|most: &usize| *most < backlog) {
+        tracing::warn!(
+            "limits.backlog is {backlog}, but this machine lets only {most} connections wait (net.core.somaxconn): in a storm \
+             of more, clients wait for seconds"
+        );
+    }
 }
 
 fn address_of(key: &'static str, listener: &TcpListener) -> Result<SocketAddr, StartError> {

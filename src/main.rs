@@ -1,12 +1,18 @@
 //! The `tidegate` command: configuration, start, signals, drain. And small ones that look at a configuration, and that
 //! make keys and tokens.
 
-use std::{error::Error, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    error::Error,
+    io::{ErrorKind, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand};
 use tidegate::{
     auth::{self, Grant, NewKey},
-    config::{Config, ConfigError, Rights, Sources, parse_duration},
+    config::{Config, ConfigError, Rights, Sources, advice, parse_duration},
     descriptors,
     gateway::{Gateway, NOISE_OFF, Need, StartError},
     log::{Log, ParseError},
@@ -141,8 +147,7 @@ fn main() -> ExitCode {
         Some(Command::Check) => check(&settings),
         Some(Command::Config) => show_config(&settings),
         Some(Command::Key { command: KeyCommand::New { name, rights } }) => {
-            println!("{}", NewKey::make(name, rights.into()));
-            Ok(ExitCode::SUCCESS)
+            say(&format!("{}\n", NewKey::make(name, rights.into())))
         }
         Some(Command::Token { sub, rights, expires }) => {
             make_token(&settings, &Grant { sub, rights: rights.into(), lifetime: expires })
@@ -156,34 +161,47 @@ fn main() -> ExitCode {
 
 fn make_token(settings: &Settings, grant: &Grant) -> Result<ExitCode, Failure> {
     let token = auth::mint(&settings.read()?.config()?.auth.jwt, grant);
-    println!("{}", token.map_err(|error| Failure(Exit::Config, error.into()))?);
-    Ok(ExitCode::SUCCESS)
+    say(&format!("{}\n", token.map_err(|error| Failure(Exit::Config, error.into()))?))
+}
+
+/// Says something on stdout. Whoever has read enough of it (`| head`) may go away.
+fn say(text: &str) -> Result<ExitCode, Failure> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure(Exit::System, format!("stdout: {error}").into()))
+        }
+        Ok(()) | Err(_) => Ok(ExitCode::SUCCESS),
+    }
 }
 
 fn show_config(settings: &Settings) -> Result<ExitCode, Failure> {
     let sources = settings.read()?;
     sources.config()?;
-    print!("{sources}");
-    Ok(ExitCode::SUCCESS)
+    say(&sources.to_string())
 }
 
 fn check(settings: &Settings) -> Result<ExitCode, Failure> {
-    let mut config = settings.read()?.config_to_serve()?;
+    let sources = settings.read()?;
+    let mut config = sources.config_to_serve()?;
     let _log = Log::start(&config.log, NOISE_OFF)?;
-    println!("settings: they can be used");
-    match descriptors::provide(&mut config) {
-        Some(too_few) => println!("open files: {too_few}"),
-        None => println!("open files: enough for limits.streams, limits.connections and admin.connections"),
+    say("settings: they can be used\n")?;
+    for advice in advice(&config, &sources) {
+        say(&format!("warning: {advice}\n"))?;
     }
+    match descriptors::provide(&mut config) {
+        Some(too_few) => say(&format!("open files: {too_few}\n"))?,
+        None => say("open files: enough for limits.streams, limits.connections and admin.connections\n")?,
+    };
     let [access, broker] = runtime()?.block_on(Gateway::check(&config))?;
-    println!("{access}\n{broker}");
-    Ok(ExitCode::SUCCESS)
+    say(&format!("{access}\n{broker}\n"))
 }
 
 fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let sources = settings.read()?;
     let mut config = sources.config_to_serve()?;
     let log = Log::start(&config.log, NOISE_OFF)?;
+    advice(&config, &sources).iter().for_each(|advice| tracing::warn!("{advice}"));
     provide_files(&mut config);
     runtime()?.block_on(run(config, Reloading { settings, began_with: sources, log }))
 }
@@ -191,7 +209,7 @@ fn serve(settings: Settings) -> Result<ExitCode, Failure> {
 async fn run(config: Config, reloading: Reloading) -> Result<ExitCode, Failure> {
     let mut signals = Signals::new();
     let gateway = Gateway::start(config).await?;
-    greet(&gateway);
+    greet(&gateway)?;
     while let Told::Reload = signals.next().await {
         reloading.reload(&gateway).await;
     }
@@ -205,19 +223,19 @@ async fn run(config: Config, reloading: Reloading) -> Result<ExitCode, Failure> 
     }
 }
 
-fn greet(gateway: &Gateway) {
+fn greet(gateway: &Gateway) -> Result<ExitCode, Failure> {
     let Gateway { listen, admin_listen, broker, access, is_open, .. } = gateway;
-    println!(
-        "tidegate {} listens on http://{listen} (metrics and health: http://{admin_listen})",
-        env!("CARGO_PKG_VERSION")
-    );
-    println!("broker: {broker}");
-    println!("access: {access}");
-    if *is_open {
-        println!("try:");
-        println!("  curl -N 'http://{listen}/events/demo?from=first'");
-        println!("  curl -d hello http://{listen}/events/demo");
-    }
+    let version = env!("CARGO_PKG_VERSION");
+    let how = match is_open {
+        true => format!(
+            "try:\n  curl -N 'http://{listen}/events/demo?from=first'\n  curl -d hello http://{listen}/events/demo\n"
+        ),
+        false => String::new(),
+    };
+    say(&format!(
+        "tidegate {version} listens on http://{listen} (metrics and health: http://{admin_listen})\n\
+         broker: {broker}\naccess: {access}\n{how}"
+    ))
 }
 
 /// What signals ask for.

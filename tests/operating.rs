@@ -121,6 +121,109 @@ fn config_hides_what_is_secret() {
 }
 
 #[test]
+fn neither_config_nor_an_error_shows_a_secret_in_a_url_or_in_place_of_a_hash() {
+    let url = "https://gate:horse1@id.example.com/jwks?key=horse2#horse3";
+    let keys = "[auth]\nkeys = [{ name = 'a', hash = 'tgk_horse4', publish = ['a.>'] }]\n";
+    let file = File::with(keys);
+    let shown = file.launch().with("auth.jwt.jwks_url", url).command("config").run();
+    assert!(
+        line_of(&shown, "auth.jwt.jwks_url").contains("https://gate:(hidden)@id.example.com/jwks?(hidden)"),
+        "{shown:?}"
+    );
+    let line = line_of(&shown, "auth.keys");
+    assert!(line.contains("\"a.>\"") && line.contains("(hidden)"), "{line}");
+    let wrong = |text: &str| File::with(text).launch().command("check").run();
+    let all = [
+        shown,
+        file.launch().command("check").run(),
+        file.launch().run(),
+        wrong("[auth]\nkeys = 'tgk_horse'\n"),
+        wrong("[auth]\nkeys = ['tgk_horse']\n"),
+        wrong("[[auth.keys]]\nname = 'a'\nhash = ['tgk_horse']\n"),
+        wrong("[[auth.keys]]\nname = 'a'\nhash = 'tgk_horse'\n"),
+        wrong("[auth.jwt]\njwks_url = ['https://horse@a']\n"),
+        wrong("[auth.jwt]\njwks_url = 'htps://gate:horse@a/?horse'\n"),
+        wrong("[auth.jwt]\nsecret = ['horse']\n"),
+        wrong("[nats]\nurl = ['nats://gate:horse@a']\n"),
+        Launch::new().with("auth.keys", "tgk_horse").command("check").run(),
+        Launch::new().with("auth.jwt.jwks_url", "htps://gate:horse@a").run(),
+    ];
+    for ended in all {
+        assert!(!ended.said.contains("horse") && !ended.log.contains("horse"), "{ended:?}");
+    }
+}
+
+#[test]
+fn what_is_careless_is_told_at_a_start_and_by_check() {
+    use std::os::unix::fs::PermissionsExt;
+    let secret = "aaaaaaaabbbbbbbbaaaaaaaabbbbbbbb";
+    let file = File::with(&format!(
+        "[auth.jwt]\nsecret = '{secret}'\njwks_url = 'http://192.0.2.1/jwks'\njwks_timeout = '1ms'\n"
+    ));
+    let may = |mode| fs::set_permissions(file.path(), fs::Permissions::from_mode(mode)).expect("it is ours");
+    let told = |launch: Launch| launch.command("check").run().said;
+    may(0o606);
+    let warnings =
+        ["jwks_url begins with http://", "secret is easily guessed", "every user can read it", "every user can write"];
+    for said in [told(file.launch()), {
+        let mut gateway = file.launch().start();
+        gateway.terminate();
+        gateway.log()
+    }] {
+        for warning in warnings {
+            assert!(said.contains(warning), "{warning:?} is not in {said}");
+        }
+        assert!(!said.contains(secret), "{said}");
+    }
+    may(0o600);
+    let said = told(file.launch());
+    assert!(!said.contains("every user"), "{said}");
+    let plain = File::with("[auth]\nmode = 'local'\n");
+    fs::set_permissions(plain.path(), fs::Permissions::from_mode(0o644)).expect("it is ours");
+    let said = told(plain.launch());
+    assert!(!said.contains("warning"), "{said}");
+}
+
+#[test]
+fn what_is_printed_may_be_read_in_part() {
+    use std::process::{Command, Stdio};
+    let binary = env!("CARGO_BIN_EXE_tidegate");
+    for arguments in [
+        &["key", "new"][..],
+        &["config"],
+        &["check"],
+        &["token", "--set", "auth.jwt.secret=0123456789abcdef0123456789abcdef"],
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        // Nobody reads it.
+        drop(reader);
+        let mut command = Command::new(binary);
+        let output = command.args(arguments).stdout(writer).stderr(Stdio::piped()).output().expect("it runs");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !error.contains("panicked"), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
+fn a_storm_of_connections_finds_room_in_the_backlog() {
+    let most = fs::read_to_string("/proc/sys/net/core/somaxconn").expect("Linux has it");
+    let most: usize = most.trim().parse().expect("a number");
+    let mut gateway = Launch::new().with("limits.backlog", "1000000").start();
+    gateway.freeze();
+    // As many as are kept, none of which is accepted.
+    let wanted = most.min(1_000);
+    let connections: Vec<_> = (0..wanted).map(|_| gateway.connect()).collect();
+    gateway.thaw();
+    for mut connection in connections.into_iter().take(200) {
+        connection.send("/nowhere");
+        assert_eq!(connection.response().status, 404);
+    }
+    gateway.terminate();
+    let log = gateway.log();
+    assert!(log.contains("limits.backlog is 1000000") && log.contains("net.core.somaxconn"), "{log}");
+}
+
+#[test]
 fn an_unknown_setting_is_named_with_its_place_and_the_nearest() {
     let file = File::with("[sse]\n# so often\nhartbeat = '1s'\n");
     ends(file.launch(), 78, &[&format!("{}:3", file.path()), "no setting sse.hartbeat", "did you mean sse.heartbeat?"]);
@@ -187,6 +290,8 @@ fn a_stream_of_somebody_else_is_left_alone_and_ends_with_76() {
     let broker = Backend::nats();
     drop(broker.gateway().with("nats.stream.name", "THEIRS").start());
     ends(broker.gateway(), 76, &["EVENTS could not be made", "subjects overlap", "nats.stream.name"]);
+    let check = broker.gateway().command("check");
+    ends(check, 76, &["EVENTS could not be made", "subjects overlap", "THEIRS", "nats.stream.name"]);
     let theirs = broker.gateway().with("nats.stream.name", "THEIRS").with("nats.stream.live_prefix", "other.");
     ends(theirs, 76, &["THEIRS does not fit", "nothing was changed"]);
 }

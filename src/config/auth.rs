@@ -127,7 +127,8 @@ impl Auth {
         }
         let url = &self.jwt.jwks_url;
         if !url.is_empty() && !url.starts_with("https://") && !url.starts_with("http://") {
-            return rule(format!("auth.jwt.jwks_url is {url:?}, but begins with https:// or http://"));
+            // It may hold a password.
+            return rule("auth.jwt.jwks_url does not begin with https:// or http://".into());
         }
         if self.jwt.leeway > LEEWAY_MAX {
             return rule(format!("auth.jwt.leeway is more than {LEEWAY_MAX:?}"));

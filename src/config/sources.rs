@@ -1,10 +1,16 @@
 //! Where settings come from: defaults, file, environment and flags, in rising order of strength. Knows of each where it
 //! stands, so that a mistake is told with its place; and which are secret, so that none is ever shown.
 
-use std::{fmt, fs, ops::Range, path::PathBuf, sync::LazyLock};
+use std::{
+    fmt, fs,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
 
 use figment::{
     Figment, Metadata, Profile, Provider,
+    error::Kind,
     providers::{Env, Format, Serialized, Toml},
     value::{Dict, Map, Value},
 };
@@ -19,7 +25,11 @@ static DEFAULT_SETTINGS: LazyLock<Dict> = LazyLock::new(|| Toml::from_str(DEFAUL
 const FILE_VARIABLE: &str = "config";
 const SECRET: &str = "auth.jwt.secret";
 /// These may carry a password.
-const URLS: [&str; 2] = ["nats.url", "auth.jwt.jwks_url"];
+const NATS_URL: &str = "nats.url";
+const JWKS_URL: &str = "auth.jwt.jwks_url";
+/// A key itself may stand here by mistake, where its hash should.
+const API_KEYS: &str = "auth.keys";
+const HIDDEN: &str = "(hidden)";
 
 /// Every source of settings, the strongest last.
 pub struct Sources(Vec<Source>);
@@ -80,17 +90,31 @@ impl Sources {
     /// As [`Sources::config`], and when there is a file, and nothing says who is let in.
     pub fn config_to_serve(&self) -> Result<Config, ConfigError> {
         let config = self.config()?;
-        let file = self.0.iter().find_map(|source| match &source.origin {
-            Origin::File { name, .. } => Some(name),
-            Origin::Defaults | Origin::Environment | Origin::Flags => None,
-        });
-        match file {
-            Some(name) if config.auth.is_silent() => rule(format!(
-                "{name} does not say who is let in (auth): set auth.mode = \"local\" to let in everybody on this machine, or \
-                 \"open\" to let in everybody who reaches it"
+        match self.file() {
+            Some(file) if config.auth.is_silent() => rule(format!(
+                "{} does not say who is let in (auth): set auth.mode = \"local\" to let in everybody on this machine, or \
+                 \"open\" to let in everybody who reaches it",
+                file.display()
             )),
             Some(_) | None => Ok(config),
         }
+    }
+
+    /// The file, if one was named.
+    pub(super) fn file(&self) -> Option<&Path> {
+        self.0.iter().find_map(|source| match &source.origin {
+            Origin::File { name, .. } => Some(Path::new(name)),
+            Origin::Defaults | Origin::Environment | Origin::Flags => None,
+        })
+    }
+
+    /// Whether anything in the file is not shown to everybody.
+    pub(super) fn file_has_secrets(&self) -> bool {
+        let of_file = self.0.iter().filter(|source| matches!(source.origin, Origin::File { .. }));
+        let mut values = of_file.flat_map(|source| {
+            [SECRET, NATS_URL, JWKS_URL].into_iter().filter_map(|key| Some((key, source.value(key)?)))
+        });
+        values.any(|(key, value)| hidden(key, value).is_some_and(|hidden| hidden != *value))
     }
 
     /// The settings that are other ones in `other`.
@@ -101,8 +125,15 @@ impl Sources {
 
     fn wrong_value(&self, error: &figment::Error) -> ConfigError {
         let key = error.path.join(".");
-        // What a secret is would stand in the error.
-        let what = if key == SECRET { "must be a text".into() } else { error.kind.to_string() };
+        let may_be_secret = [SECRET, NATS_URL, JWKS_URL, API_KEYS].iter().any(|secret| is_within(&key, secret));
+        let what = match &error.kind {
+            Kind::InvalidType(..) | Kind::InvalidValue(..) if key == SECRET => "must be a text".into(),
+            // What was found may be a secret.
+            Kind::InvalidType(_, wanted) | Kind::InvalidValue(_, wanted) if may_be_secret => {
+                format!("expected {wanted}")
+            }
+            kind => kind.to_string(),
+        };
         let source = self.source_of(&key);
         ConfigError::Wrong { place: source.origin.place(&key), what: format!("{key}: {what}") }
     }
@@ -260,13 +291,44 @@ fn at_line(name: &str, text: &str, span: Option<Range<usize>>) -> String {
 
 /// A value as it stands in a file, without what is secret in it.
 fn shown(key: &str, value: &Value) -> String {
-    let hidden = match value.as_str() {
-        Some(text) if key == SECRET && !text.is_empty() => Some(Value::from("(hidden)")),
-        Some(text) if URLS.contains(&key) => Some(Value::from(without_passwords(text))),
-        _ => None,
-    };
-    let toml = hidden.as_ref().unwrap_or(value).serialize(ValueSerializer::new());
+    let toml = hidden(key, value).as_ref().unwrap_or(value).serialize(ValueSerializer::new());
     toml.map_or_else(|error| format!("({error})"), |toml| toml.to_string())
+}
+
+/// What is shown in place of a value that may be secret.
+fn hidden(key: &str, value: &Value) -> Option<Value> {
+    match (key, value) {
+        (SECRET, Value::String(_, text)) if text.is_empty() => None,
+        (SECRET, _) => Some(HIDDEN.into()),
+        (NATS_URL, Value::String(_, urls)) => Some(without_passwords(urls).into()),
+        (JWKS_URL, Value::String(_, url)) => Some(without_query(&without_passwords(url)).into()),
+        (API_KEYS, Value::Array(tag, keys)) => Some(Value::Array(*tag, keys.iter().map(without_keys).collect())),
+        (NATS_URL | JWKS_URL | API_KEYS, _) => Some(HIDDEN.into()),
+        _ => None,
+    }
+}
+
+/// An entry of `auth.keys`, in which only hashes stand where hashes are, and no text looks like a key.
+fn without_keys(entry: &Value) -> Value {
+    let Value::Dict(tag, entry) = entry else { return HIDDEN.into() };
+    let hide = |(name, value): (&String, &Value)| {
+        let is_shown = match (&**name, value.as_str()) {
+            ("name" | "subscribe" | "publish", Some(text)) => !text.contains("tgk_"),
+            ("name" | "subscribe" | "publish", None) => !format!("{value:?}").contains("tgk_"),
+            ("hash", Some(text)) => text.starts_with("sha256:"),
+            _ => false,
+        };
+        (name.clone(), if is_shown { value.clone() } else { HIDDEN.into() })
+    };
+    Value::Dict(*tag, entry.iter().map(hide).collect())
+}
+
+/// A URL without what stands behind `?` or `#`, which may be a key of the one who asks.
+fn without_query(url: &str) -> String {
+    match url.find(['?', '#']) {
+        Some(at) => format!("{}{HIDDEN}", &url[..=at]),
+        None => url.to_owned(),
+    }
 }
 
 /// URLs, separated by commas, with what stands between a scheme and a host reduced to the user's name. A name alone is a
@@ -295,6 +357,21 @@ mod tests {
         ] {
             assert_eq!(without_passwords(url), shown);
         }
+    }
+
+    #[test]
+    fn what_may_be_a_key_is_hidden() {
+        assert_eq!(without_query("https://id.example.com/jwks"), "https://id.example.com/jwks");
+        assert_eq!(without_query("https://id.example.com/jwks?key=abc#d"), "https://id.example.com/jwks?(hidden)");
+        let entry = Value::from(Dict::from([
+            ("name".into(), "billing".into()),
+            ("hash".into(), "tgk_abc".into()),
+            ("publish".into(), vec!["a.>"].into()),
+            ("subscribe".into(), vec!["tgk_abc"].into()),
+            ("kay".into(), "abc".into()),
+        ]));
+        let shown = format!("{:?}", without_keys(&entry));
+        assert!(shown.contains("billing") && shown.contains("a.>") && !shown.contains("abc"), "{shown}");
     }
 
     #[test]

@@ -160,7 +160,10 @@ impl Nats {
                 let warning = mirror.map(|name| format!("; {}", mirror_warning(&name))).unwrap_or_default();
                 describe(&version, at, stream, &info) + &warning
             }
-            Plan::Making => format!("NATS {version} at {at}, where the stream {stream} will be made"),
+            Plan::Making => {
+                connector.check_subjects(&api, names).await?;
+                format!("NATS {version} at {at}, where the stream {stream} will be made")
+            }
             Plan::Mending { mismatch, .. } => {
                 format!("NATS {version} at {at}, where the stream {stream} will be mended: {mismatch}")
             }

@@ -1,6 +1,6 @@
 //! The way to a stream that keeps our promises, or one line that says what is in the way and how to clear it.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use async_nats::Client;
 use serde_json::json;
@@ -52,6 +52,11 @@ pub enum StartError {
 }
 
 const BY_HAND: &str = "nothing was changed: change it (nats stream edit), or name another stream in nats.stream.name";
+
+const OTHER_SUBJECTS: &str = "another stream has these subjects: name it in nats.stream.name if it is the one, or use \
+                              another nats.stream.prefix";
+/// How long a list of streams is waited for. A user who may not ask for it gets no answer.
+const NAMES_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is missing before a stream can be used.
 pub(super) enum Plan {
@@ -127,6 +132,22 @@ impl Connector {
         Ok(Plan::Mending { mismatch: Box::new(first.clone()), config })
     }
 
+    /// Refuses to plan a stream whose subjects another one has: the server would not make it. Changes nothing. Where the
+    /// user may not ask, nothing is said.
+    pub async fn check_subjects(&self, api: &Api, settings: &config::NatsStream) -> Result<(), StartError> {
+        let query = json!({ "subject": format!("{}>", settings.prefix) });
+        let Ok(answer) = api.ask_within(NAMES_WITHIN, "$JS.API.STREAM.NAMES", &query).await else { return Ok(()) };
+        match answer["streams"].as_array().and_then(|names| names.first()) {
+            None => Ok(()),
+            Some(other) => Err(StartError::Refused {
+                stream: settings.name.clone(),
+                attempt: "made",
+                why: format!("subjects overlap with the existing stream {other}"),
+                mend: OTHER_SUBJECTS,
+            }),
+        }
+    }
+
     /// Makes or updates the stream.
     async fn change(
         &self,
@@ -148,10 +169,7 @@ impl Connector {
                         "it reserves its max_bytes: give JetStream more storage (max_file_store), or make the stream \
                          yourself, smaller (nats stream add --config nats/stream.json --max-bytes 100MB)"
                     }
-                    code::SUBJECTS_OVERLAP => {
-                        "another stream has these subjects: name it in nats.stream.name if it is the one, or use \
-                         another nats.stream.prefix"
-                    }
+                    code::SUBJECTS_OVERLAP => OTHER_SUBJECTS,
                     _ => "make or change it yourself (nats/stream.json has what is needed)",
                 };
                 return Err(StartError::Refused { stream: name.clone(), attempt, why: refusal.description, mend });
