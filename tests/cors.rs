@@ -37,6 +37,51 @@ fn reader(head: &Head) -> Option<&str> {
 }
 
 #[test]
+fn no_answer_is_taken_for_a_page() {
+    let gateway = Launch::new().start();
+    for answer in [
+        gateway.ask(Request::post("/events/demo").body("<script>")),
+        gateway.ask("/nowhere"),
+        gateway.ask("/events/a..b"),
+        gateway.ask_admin("/health/ready"),
+        gateway.ask_admin("/debug/streams"),
+    ] {
+        assert_eq!(answer.header("X-Content-Type-Options"), Some("nosniff"), "{answer:?}");
+    }
+    let stream = gateway.stream("/events/demo");
+    assert_eq!(stream.head.header("X-Content-Type-Options"), Some("nosniff"));
+}
+
+#[test]
+fn a_page_of_another_site_gets_nothing_for_want_of_an_origin() {
+    let open = Launch::new().start();
+    let of_page = |request: Request| request.header("Sec-Fetch-Site", "cross-site").header("Sec-Fetch-Mode", "no-cors");
+    for request in [Request::post("/events/demo").body("x"), Request::batch().body(""), Request::get("/events/demo")] {
+        assert_eq!(open.ask(of_page(request)).json()["code"], "open_only_locally");
+    }
+    let by_link =
+        Request::get("/events/demo").header("Sec-Fetch-Site", "cross-site").header("Sec-Fetch-Mode", "navigate");
+    assert_eq!(EventStream::begin(open.connect(), by_link).head.status, 200);
+    let closed = Launch::new().with("auth.anonymous.publish", r#"["demo"]"#).start();
+    let publish = || Request::post("/events/demo").body("x");
+    let refused = closed.ask(of_page(publish()).header("Cookie", "a=b"));
+    assert_eq!((refused.status, &refused.json()["code"]), (403, &"origin_not_allowed".into()));
+    assert_eq!(closed.ask(of_page(publish())).status, 201, "what everybody may");
+}
+
+#[test]
+fn a_page_without_tls_publishes_with_no_cookie_of_the_site_that_has_it() {
+    let gateway = Launch::new().with("auth.anonymous.publish", r#"["demo"]"#).start();
+    let publish = |scheme: &str, proto: &str| {
+        let request =
+            Request::post("/events/demo").body("x").header("Host", "events.example.com").header("Cookie", "a=b");
+        let origin = format!("{scheme}://events.example.com");
+        gateway.ask(request.header("Origin", origin).header("X-Forwarded-Proto", proto)).status
+    };
+    assert_eq!([publish("https", "https"), publish("http", "http"), publish("http", "https")], [201, 201, 403]);
+}
+
+#[test]
 fn a_page_on_another_port_streams_and_publishes_by_default() {
     let gateway = Launch::new().start();
     let site = Nginx::site();

@@ -54,6 +54,25 @@ impl Proxies {
         Some(client)
     }
 
+    /// Whether a trusted proxy says that its client speaks TLS with it: in `X-Forwarded-Proto`, or as `proto` in `Forwarded`.
+    pub fn say_https(&self, peer: IpAddr, headers: &HeaderMap) -> bool {
+        let name = match self.header {
+            AddressHeader::XForwardedFor => HeaderName::from_static("x-forwarded-proto"),
+            AddressHeader::Forwarded => header::FORWARDED,
+        };
+        // What stands right was added last.
+        let last = headers.get_all(name).last().map(|field| String::from_utf8_lossy(field.as_bytes()).into_owned());
+        let last = last.as_deref().and_then(|field| field.rsplit(',').next()).unwrap_or_default();
+        let proto = match self.header {
+            AddressHeader::XForwardedFor => Some(last),
+            AddressHeader::Forwarded => last.split(';').find_map(|pair| {
+                let (name, value) = pair.trim().split_once('=')?;
+                name.eq_ignore_ascii_case("proto").then(|| value.trim_matches('"'))
+            }),
+        };
+        self.trust(peer) && proto.is_some_and(|proto| proto.trim().eq_ignore_ascii_case("https"))
+    }
+
     /// What the header's fields, taken together, say of each hop, the first one's first.
     fn hops(&self, headers: &HeaderMap) -> Vec<Option<IpAddr>> {
         let (name, parse): (HeaderName, fn(&str) -> Option<IpAddr>) = match self.header {
@@ -138,6 +157,24 @@ mod tests {
         ] {
             let said = client(AddressHeader::XForwardedFor, peer, &[("x-forwarded-for", field)]);
             assert_eq!(said.as_deref(), Some(expected), "{peer} says {field:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_trusted_proxy_says_that_its_client_speaks_tls() {
+        for (header, peer, name, field, says) in [
+            (AddressHeader::XForwardedFor, "127.0.0.1", "x-forwarded-proto", "https", true),
+            (AddressHeader::XForwardedFor, "127.0.0.1", "x-forwarded-proto", "http, HTTPS", true),
+            (AddressHeader::XForwardedFor, "127.0.0.1", "x-forwarded-proto", "https, http", false),
+            (AddressHeader::XForwardedFor, "192.0.2.9", "x-forwarded-proto", "https", false),
+            (AddressHeader::XForwardedFor, "127.0.0.1", "forwarded", "proto=https", false),
+            (AddressHeader::Forwarded, "127.0.0.1", "forwarded", "for=192.0.2.1;proto=https", true),
+            (AddressHeader::Forwarded, "127.0.0.1", "forwarded", "proto=https, for=192.0.2.1;Proto=\"http\"", false),
+            (AddressHeader::Forwarded, "127.0.0.1", "x-forwarded-proto", "https", false),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(field));
+            assert_eq!(proxies(header).say_https(peer.parse().unwrap(), &headers), says, "{peer} {name}: {field}");
         }
     }
 

@@ -138,7 +138,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> {
     let query = app.query(request, &PARAMETERS)?;
     let principal = who::identify(app, request, &query).await?;
-    app.cors.borrow().check_publish(request.headers())?;
+    who::check_page(app, request)?;
     who::check_publish_anything(&principal)?;
     if let Some((header, field)) = HEADERS_OF_ONE.iter().find(|(header, _)| request.headers().contains_key(*header)) {
         let fields = HEADERS_OF_ONE.map(|(_, field)| field).join(", ");

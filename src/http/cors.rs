@@ -104,17 +104,26 @@ impl Cors {
     /// the user's cookies, and only keep its answer from it. So this holds for whoever is known by a cookie, and where
     /// being on this machine is all that is asked for.
     ///
+    /// A request without an `Origin` of which the browser says that another site is behind it (`Sec-Fetch-Site`) is one of
+    /// a page of nobody's.
+    ///
     /// # Errors
-    /// When there is an `Origin`, and it is neither the gateway's own nor allowed.
-    pub fn check_publish(&self, request: &HeaderMap) -> Result<(), ApiError> {
-        let Some(origin) = request.get(header::ORIGIN) else { return Ok(()) };
+    /// When there is an `Origin`, and it is neither the gateway's own nor allowed. `is_https` is whether a trusted proxy
+    /// says that clients speak TLS with it.
+    pub fn check_publish(&self, request: &HeaderMap, is_https: bool) -> Result<(), ApiError> {
+        const NOBODYS: HeaderValue = HeaderValue::from_static("null");
+        let origin = match request.get(header::ORIGIN) {
+            Some(origin) => origin,
+            None if is_of_another_site(request) => &NOBODYS,
+            None => return Ok(()),
+        };
         let by_cookie = request.contains_key(header::COOKIE);
         let may = match self.grant(origin) {
             Grant::All => true,
             Grant::WithoutCredentials => !by_cookie,
             Grant::Nothing => !by_cookie && self.unlisted == Unlisted::Anyone,
         };
-        if may || is_own(origin, request.get(header::HOST)) { Ok(()) } else { Err(not_allowed(origin)) }
+        if may || is_own(origin, request.get(header::HOST), is_https) { Ok(()) } else { Err(not_allowed(origin)) }
     }
 }
 
@@ -143,16 +152,24 @@ pub async fn preflight(app: web::Data<App>, request: HttpRequest) -> HttpRespons
         .finish()
 }
 
+/// Whether a browser says that a page of another site, or of another host of this one, has it send the request (W3C Fetch
+/// Metadata).
+pub fn is_of_another_site(request: &HeaderMap) -> bool {
+    request.get_all("Sec-Fetch-Site").any(|site| [&b"cross-site"[..], b"same-site"].contains(&site.as_bytes()))
+}
+
 fn not_allowed(origin: &HeaderValue) -> ApiError {
     let origin = String::from_utf8_lossy(origin.as_bytes());
     ApiError::new(Code::OriginNotAllowed, format!("pages of {origin:?} are let in by cors.origins"))
 }
 
-/// Whether a page was served under the name and port that the request was sent to.
-fn is_own(origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
-    let authority = |origin: &HeaderValue| Some(origin.to_str().ok()?.split_once("://")?.1.to_owned());
-    match (authority(origin), host.and_then(|host| host.to_str().ok())) {
-        (Some(origin), Some(host)) => origin.eq_ignore_ascii_case(host),
+/// Whether a page was served under the name and port that the request was sent to, and as safely: behind a proxy with TLS
+/// a page without it may be anybody's who is on the network.
+fn is_own(origin: &HeaderValue, host: Option<&HeaderValue>, is_https: bool) -> bool {
+    let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
+    match (origin, host.and_then(|host| host.to_str().ok())) {
+        (Some(("https", origin)), Some(host)) => origin.eq_ignore_ascii_case(host),
+        (Some(("http", origin)), Some(host)) => !is_https && origin.eq_ignore_ascii_case(host),
         _ => false,
     }
 }
@@ -180,7 +197,36 @@ mod tests {
 
     fn publishes(cors: &Cors, headers: &[(HeaderName, &str)]) -> bool {
         let headers = headers.iter().map(|(name, value)| (name.clone(), HeaderValue::from_str(value).unwrap()));
-        cors.check_publish(&headers.collect()).is_ok()
+        cors.check_publish(&headers.collect(), false).is_ok()
+    }
+
+    #[test]
+    fn a_page_without_tls_is_not_of_the_origin_that_has_it() {
+        let headers = |scheme: &str| {
+            let own = format!("{scheme}://events.example.com");
+            let headers = [(header::ORIGIN, &*own), (header::HOST, "events.example.com"), (header::COOKIE, "a=b")];
+            headers.map(|(name, value)| (name, HeaderValue::from_str(value).unwrap())).into_iter().collect()
+        };
+        let cors = cors(&[], Unlisted::Anyone);
+        assert!(cors.check_publish(&headers("http"), true).is_err(), "whoever is on the network could have written it");
+        for (scheme, is_https) in [("http", false), ("https", false), ("https", true)] {
+            assert!(cors.check_publish(&headers(scheme), is_https).is_ok(), "{scheme} {is_https}");
+        }
+    }
+
+    #[test]
+    fn a_page_of_another_site_publishes_nothing_for_want_of_an_origin() {
+        let (site, mode) = (HeaderName::from_static("sec-fetch-site"), HeaderName::from_static("sec-fetch-mode"));
+        let cookie = (header::COOKIE, "a=b");
+        let cors = cors(&["https://app.example.com"], Unlisted::Anyone);
+        for (said, may) in [("cross-site", false), ("same-site", false), ("same-origin", true), ("none", true)] {
+            assert_eq!(publishes(&cors, &[(site.clone(), said), cookie.clone()]), may, "{said}");
+            assert!(publishes(&cors, &[(site.clone(), said)]), "what everybody may, without a cookie");
+        }
+        let posted_form = [(site.clone(), "cross-site"), (mode, "navigate"), cookie.clone()];
+        assert!(!publishes(&cors, &posted_form), "a form that posts is no link");
+        let open = self::cors(&[], Unlisted::Loopback);
+        assert!(!publishes(&open, &[(site, "cross-site")]));
     }
 
     #[test]

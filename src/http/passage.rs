@@ -34,6 +34,8 @@ use crate::{
 };
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// No answer is anything but what it says: an event might look like a page.
+const NOSNIFF: HeaderValue = HeaderValue::from_static("nosniff");
 /// Longest request id that is taken over from a proxy, in bytes.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
@@ -65,6 +67,7 @@ pub async fn escort(
         }
     };
     app.cors.borrow().mark(origin.as_ref(), response.headers_mut());
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, NOSNIFF);
     response.headers_mut().insert(REQUEST_ID, id);
     Ok(finish(response, serving).await)
 }
@@ -79,7 +82,7 @@ pub async fn escort_operator(
     let serving = begin(&mut request);
     let of_headers = request.headers().get_all(header::HOST).map(|host| host.to_str().unwrap_or_default());
     let refused = of_headers.chain(request.uri().host()).find(|host| !names_admin(host, &app.admin_hosts));
-    let response = match refused.map(ToOwned::to_owned) {
+    let mut response = match refused.map(ToOwned::to_owned) {
         None => next.call(request).await?,
         Some(host) => {
             tracing::warn!(host, "a request to the admin listener has a Host that is not in admin.hosts");
@@ -90,6 +93,7 @@ pub async fn escort_operator(
             request.into_response(response)
         }
     };
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, NOSNIFF);
     Ok(finish(response, serving).await)
 }
 

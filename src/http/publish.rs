@@ -64,7 +64,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let query = app.query(request, &PARAMETERS)?;
     let principal = who::identify(app, request, &query).await?;
-    app.cors.borrow().check_publish(request.headers())?;
+    who::check_page(app, request)?;
     let subject = parse_subject(&subject_in_path(request)?)?;
     who::check_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;

@@ -13,6 +13,7 @@ use actix_web::{
 
 use super::{
     App,
+    cors::is_of_another_site,
     error::{ApiError, Code},
     passage,
     query::Query,
@@ -86,6 +87,13 @@ pub fn check_subscribe(principal: &Principal, filters: &[Filter]) -> Result<(), 
     }
 }
 
+/// Refuses to publish for a page that may not.
+pub fn check_page(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
+    let headers = request.headers();
+    let is_https = request.peer_addr().is_some_and(|peer| app.proxies.say_https(peer.ip(), headers));
+    app.cors.borrow().check_publish(headers, is_https)
+}
+
 /// Refuses an event on a subject that is not allowed, or that comes when its sender's token has expired.
 pub fn check_publish(principal: &Principal, subject: &Subject) -> Result<(), ApiError> {
     if principal.has_expired() {
@@ -141,6 +149,12 @@ fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = 
     values.filter(|value| !value.is_empty()).map(Cow::from)
 }
 
+/// Whether somebody follows a link, which tells the page that has it nothing.
+fn follows_link(request: &HttpRequest) -> bool {
+    let navigates = |mode: &HeaderValue| mode.as_bytes() == b"navigate";
+    request.method() == Method::GET && request.headers().get_all("Sec-Fetch-Mode").all(navigates)
+}
+
 /// Refuses what comes, or may come, from beyond this machine.
 fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
     let headers = request.headers();
@@ -156,6 +170,8 @@ fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
         "this request's Host is not this machine".into()
     } else if !headers.get_all(header::ORIGIN).all(|origin| app.cors.borrow().lets_in(origin)) {
         "this request is from a page of another site (Origin)".into()
+    } else if !headers.contains_key(header::ORIGIN) && is_of_another_site(headers) && !follows_link(request) {
+        "this request is from a page of another site (Sec-Fetch-Site)".into()
     } else {
         return Ok(());
     };
