@@ -67,8 +67,14 @@ impl EventType {
 
 /// Which incarnation of the stream a sequence belongs to. A stream that was deleted and made again counts from 1 once
 /// more, and has another epoch.
+///
+/// A stream that has lost its end, and counts anew from there, is another incarnation with the same name: gateways that
+/// saw it tell them apart (its *era*), and ids, which have the name alone, do not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Epoch(u32);
+pub struct Epoch {
+    name: u32,
+    era: u32,
+}
 
 impl Epoch {
     const DIGITS: usize = 6;
@@ -80,24 +86,39 @@ impl Epoch {
         let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Epoch(((z ^ (z >> 31)) % Self::COUNT) as u32)
+        Epoch { name: ((z ^ (z >> 31)) % Self::COUNT) as u32, era: 0 }
     }
 
     /// The epoch as a number, for whoever keeps it in an atomic.
     pub(crate) fn number(self) -> u32 {
-        self.0
+        self.name
     }
 
     /// The epoch with this [`Epoch::number`].
     pub(crate) fn of(number: u32) -> Epoch {
-        Epoch(number)
+        Epoch { name: number, era: 0 }
+    }
+
+    /// The epoch of the same stream once it counts anew.
+    pub(crate) fn rewound(self) -> Epoch {
+        Epoch { era: self.era + 1, ..self }
+    }
+
+    /// Whether both have the same name in ids.
+    pub fn is_named(self, other: Epoch) -> bool {
+        self.name == other.name
+    }
+
+    /// Whether the stream has counted anew before, as far as this gateway knows.
+    pub(crate) fn has_rewound(self) -> bool {
+        self.era > 0
     }
 }
 
 impl fmt::Display for Epoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut digits = [0u8; Self::DIGITS];
-        let mut rest = self.0;
+        let mut rest = self.name;
         for digit in digits.iter_mut().rev() {
             *digit = b"0123456789abcdefghijklmnopqrstuvwxyz"[(rest % 36) as usize];
             rest /= 36;
@@ -147,7 +168,7 @@ impl FromStr for EventId {
             return Err(EventIdError);
         }
         Ok(EventId {
-            epoch: Epoch(u32::from_str_radix(epoch, 36).map_err(|_| EventIdError)?),
+            epoch: Epoch::of(u32::from_str_radix(epoch, 36).map_err(|_| EventIdError)?),
             sequence: sequence.parse().map_err(|_| EventIdError)?,
         })
     }

@@ -70,6 +70,8 @@ pub enum GapReason {
     Expired,
     /// The stream was deleted and made again. Goes on at the new stream's first event.
     Recreated,
+    /// The stream has lost its end, and counts anew. Goes on with the first event stored after the position's time.
+    Rewound,
     /// The id is not one of ours. Goes on as if there had been none.
     UnknownId,
 }
@@ -79,6 +81,7 @@ impl GapReason {
         match self {
             GapReason::Expired => "expired",
             GapReason::Recreated => "recreated",
+            GapReason::Rewound => "rewound",
             GapReason::UnknownId => "unknown-id",
         }
     }

@@ -292,7 +292,7 @@ impl Broker for Embedded {
 
     async fn bounds(&self) -> Result<Bounds, BrokerError> {
         let log = self.log();
-        Ok(Bounds { epoch: self.epoch, first: log.first, last: log.last })
+        Ok(Bounds { epoch: self.epoch, first: log.first, last: log.last, time: None })
     }
 
     fn doubts(&self) -> watch::Receiver<u64> {

@@ -224,6 +224,8 @@ pub struct Bounds {
     pub first: u64,
     /// The newest sequence ever stored, kept or not.
     pub last: u64,
+    /// When that was stored, where it is known.
+    pub time: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -25,7 +25,7 @@ use super::{
     feed::{Reader, Take},
     log::Passage,
     pages::{Ahead, SharedPage},
-    resume::{self, Found, StartAt},
+    resume::{self, Found, Origin, StartAt},
     whereabouts::Whereabouts,
 };
 use crate::{
@@ -494,10 +494,12 @@ impl Cursor {
         let hub = self.hub.clone();
         let filters: Vec<_> = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
         let position = self.position();
+        // Of this connection's own stream: what comes later is new, whatever its number.
+        let origin = Origin::Cursor { newest: self.places.iter().filter_map(|place| place.reader.feed.newest()).max() };
         async move {
             let mut backoff = Backoff::default();
             loop {
-                match resume::after(&hub, &filters, position.clone(), StartAt::Now).await {
+                match resume::after(&hub, &filters, (position.clone(), origin), StartAt::Now).await {
                     Ok(found) => return Fetched::Moved(found),
                     Err(error) => tracing::debug!(%error, "resuming failed"),
                 }

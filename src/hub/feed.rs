@@ -30,6 +30,7 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt};
+use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
@@ -145,8 +146,8 @@ impl Reader {
             let broker = &self.hub.0.broker;
             // Listen before asking where the stream ends: an event stored in between must not be missed.
             let hints = broker.live(&self.feed.filter).await?;
-            let Bounds { epoch, last, .. } = broker.bounds().await?;
-            self.feed.state().log = Log::from(last);
+            let Bounds { epoch, last, time, .. } = broker.bounds().await?;
+            self.feed.state().log = Log::from(last, time);
             begun = Some(hints);
             Ok::<_, BrokerError>(epoch)
         };
@@ -236,6 +237,11 @@ impl Feed {
         self.state().log.proven()
     }
 
+    /// When the last event was stored that was there or proven not to be: what came later was stored after this.
+    pub(super) fn newest(&self) -> Option<Timestamp> {
+        self.state().log.newest()
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.state().closed
     }
@@ -297,7 +303,7 @@ impl Feed {
 
     /// See [`Hub::behind`].
     pub(super) fn behind(&self, epoch: Epoch, position: u64) -> Option<u64> {
-        self.epoch.get().filter(|own| **own == epoch)?;
+        self.epoch.get().filter(|own| own.is_named(epoch))?;
         Some(self.proven().saturating_sub(self.settled(position)))
     }
 

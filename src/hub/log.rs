@@ -24,6 +24,8 @@ pub(super) struct Log {
     bytes: usize,
     base: u64,
     proven: u64,
+    /// When the newest event up to `proven` was stored, as far as it is known.
+    newest: Option<Timestamp>,
 }
 
 struct Entry {
@@ -68,8 +70,9 @@ impl Doubt {
 
 impl Log {
     /// A log that knows of nothing, and is complete up to `sequence`.
-    pub fn from(sequence: u64) -> Log {
-        Log { base: sequence, proven: sequence, ..Log::default() }
+    /// `newest`: when the last event up to there was stored, or a later one.
+    pub fn from(sequence: u64, newest: Option<Timestamp>) -> Log {
+        Log { base: sequence, proven: sequence, newest, ..Log::default() }
     }
 
     /// How many events it remembers, and what they take.
@@ -93,6 +96,10 @@ impl Log {
     /// Whether what follows `position` has been forgotten.
     pub fn has_forgotten(&self, position: u64) -> bool {
         position < self.base
+    }
+
+    pub fn newest(&self) -> Option<Timestamp> {
+        self.newest
     }
 
     /// Whether nothing follows `position`.
@@ -122,6 +129,9 @@ impl Log {
     pub fn append(&mut self, content: Content, sequence: u64) {
         let bytes = ENTRY_OVERHEAD_BYTES + content.bytes();
         self.bytes += bytes;
+        if let Content::Event { event, .. } = &content {
+            self.newest = self.newest.max(Some(event.time));
+        }
         self.entries.push_back(Box::new(Entry { sequence, bytes, content }));
         self.proven = sequence;
     }

@@ -6,11 +6,12 @@
 //! id of this epoch, beyond U, leader has it  -> after it
 //! id of this epoch, beyond the leader's last -> gap unknown-id, then as without an id
 //! id of another epoch                        -> gap recreated, then from the first
+//! a place of this epoch before it lost its end -> gap rewound, then from the first event stored after that
 //! no id of ours                              -> gap unknown-id, then as without an id
 //! a time or count beyond what is kept        -> gap expired, then from the oldest kept
 //! ```
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 
@@ -92,7 +93,7 @@ pub(super) async fn subscribe(
     let found = match start.last_event_id {
         None => begin(hub, filters, start.at).await?,
         Some(text) => match text.parse() {
-            Ok(position) => after(hub, filters, position, start.at).await?,
+            Ok(position) => after(hub, filters, (position, Origin::Client), start.at).await?,
             Err(_) => unknown(hub, filters, &text, start.at).await?,
         },
     };
@@ -119,7 +120,9 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
         StartAt::Now | StartAt::First | StartAt::After(_) | StartAt::Snapshot => String::new(),
     };
     let from = match at {
-        StartAt::After(position) => return Box::pin(after(hub, filters, position, StartAt::Now)).await,
+        StartAt::After(position) => {
+            return Box::pin(after(hub, filters, (position, Origin::Client), StartAt::Now)).await;
+        }
         StartAt::Now => None,
         StartAt::First => Some(From::After(0)),
         StartAt::Time(time) => Some(From::Time(time)),
@@ -202,15 +205,28 @@ fn begin_with(reader: Reader, page: Page) -> Place {
     place
 }
 
-/// The place of one who was at `position`.
+/// Where a position comes from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Origin {
+    /// An id, which has the name of the stream alone.
+    Client,
+    /// A cursor of this gateway, which knows its stream. `newest`: when the newest event was stored that it may have seen.
+    Cursor { newest: Option<Timestamp> },
+}
+
+/// The place of a client that was at `position`.
 pub(super) async fn after(
     hub: &Hub,
     filters: &[Filter],
-    position: Position,
+    (position, origin): (Position, Origin),
     otherwise: StartAt,
 ) -> Result<Found, BrokerError> {
     loop {
         let (epoch, readers) = hub.started(filters).await?;
+        let is_same = match origin {
+            Origin::Client => position.epoch.is_named(epoch),
+            Origin::Cursor { .. } => position.epoch == epoch,
+        };
         let mut places: Vec<_> = readers
             .into_iter()
             .map(|reader| {
@@ -219,7 +235,7 @@ pub(super) async fn after(
             })
             .collect();
         let is_known = |place: &Place| place.position <= place.reader.feed.proven();
-        if position.epoch == epoch && places.iter().all(is_known) {
+        if is_same && places.iter().all(is_known) {
             return Ok(Found::at(epoch, places));
         }
         let bounds = hub.0.broker.bounds().await?;
@@ -227,17 +243,53 @@ pub(super) async fn after(
             places.iter().for_each(|place| place.reader.retire());
             continue;
         }
-        if position.epoch != epoch {
-            places.iter_mut().for_each(|place| place.position = bounds.first - 1);
-            let gap = (position.to_string(), GapReason::Recreated);
-            return Ok(Found { gap: Some(gap), ..Found::at(epoch, places) });
-        }
         // An id from the future of this node may be from another that is ahead: the leader knows.
-        if places.iter().all(|place| place.position <= bounds.last) {
-            return Ok(Found::at(epoch, places));
+        let is_there = places.iter().all(|place| place.position <= bounds.last);
+        match (is_same, origin) {
+            (true, _) if is_there => return Ok(Found::at(epoch, places)),
+            (true, Origin::Client) if epoch.has_rewound() => {
+                if let Some(found) = rewound(hub, epoch, places, &position, None).await? {
+                    return Ok(found);
+                }
+            }
+            (true, _) => return unknown(hub, filters, &position.to_string(), otherwise).await,
+            (false, Origin::Cursor { newest }) if position.epoch.is_named(epoch) => {
+                if let Some(found) = rewound(hub, epoch, places, &position, newest).await? {
+                    return Ok(found);
+                }
+            }
+            (false, _) => {
+                places.iter_mut().for_each(|place| place.position = bounds.first - 1);
+                let gap = (position.to_string(), GapReason::Recreated);
+                return Ok(Found { gap: Some(gap), ..Found::at(epoch, places) });
+            }
         }
-        return unknown(hub, filters, &position.to_string(), otherwise).await;
     }
+}
+
+/// The places of a client that was at a position of the stream before it lost its end: before the first events that were
+/// stored after `newest`. `None` if the stream has become another one meanwhile.
+async fn rewound(
+    hub: &Hub,
+    epoch: Epoch,
+    places: Vec<Place>,
+    position: &Position,
+    newest: Option<Timestamp>,
+) -> Result<Option<Found>, BrokerError> {
+    let later = newest.and_then(|newest| newest.checked_add(Duration::from_nanos(1)).ok());
+    let from = later.map_or(From::After(0), From::Time);
+    let mut found = vec![];
+    for place in places {
+        let reader = place.reader;
+        let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
+        if page.epoch != epoch {
+            reader.retire();
+            return Ok(None);
+        }
+        found.push(begin_with(reader, page));
+    }
+    let gap = (position.to_string(), GapReason::Rewound);
+    Ok(Some(Found { gap: Some(gap), ..Found::at(epoch, found) }))
 }
 
 async fn unknown(hub: &Hub, filters: &[Filter], requested: &str, at: StartAt) -> Result<Found, BrokerError> {

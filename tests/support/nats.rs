@@ -82,6 +82,23 @@ impl NatsServer {
         super::signal(self.child.id(), "CONT");
     }
 
+    /// Puts a copy of its store aside. It must have been killed.
+    pub fn back_up(&self) {
+        self.copy("store", "backup");
+    }
+
+    /// Puts the copy back in the place of its store. It must have been killed.
+    pub fn restore(&self) {
+        self.copy("backup", "store");
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        let [from, to] = [from, to].map(|name| self.directory.join(name));
+        let _ = fs::remove_dir_all(&to);
+        let copied = Command::new("cp").args([&"-a".into(), &from.into_os_string(), &to.into_os_string()]).status();
+        assert!(copied.expect("there is cp").success());
+    }
+
     /// Has it take over another configuration, beside that of JetStream, while it runs.
     pub fn reconfigure(&self, configuration: &str) {
         let configuration = format!("jetstream {{ store_dir: store }}\n{configuration}");
@@ -100,13 +117,17 @@ impl NatsServer {
 
     /// Its answer to one request, on a connection of its own.
     pub fn ask(&self, subject: &str, request: &str) -> String {
+        self.try_ask(subject, request, START).expect("a server answers")
+    }
+
+    /// The same, if there is one in this time.
+    pub fn try_ask(&self, subject: &str, request: &str, limit: Duration) -> Option<String> {
         let nats = BufReader::new(TcpStream::connect(self.address()).unwrap());
-        nats.get_ref().set_read_timeout(Some(START)).unwrap();
+        nats.get_ref().set_read_timeout(Some(limit)).unwrap();
         let request =
             format!("CONNECT {{}}\r\nSUB answer 1\r\nPUB {subject} answer {}\r\n{request}\r\n", request.len());
         nats.get_ref().write_all(request.as_bytes()).unwrap();
-        let answer = nats.lines().map(Result::unwrap).find(|line| line.starts_with('{'));
-        answer.expect("a server answers")
+        nats.lines().map_while(Result::ok).find(|line| line.starts_with('{'))
     }
 
     /// The settings of a gateway on this server.

@@ -42,6 +42,8 @@ pub(super) enum RequestError {
     Refused(Refusal),
     #[error("the server that answered may have been deposed as the stream's leader")]
     Deposed,
+    #[error("the stream's leader knows of less than is stored")]
+    Behind,
     #[error("{0}, a mirror of the stream, answered in its place")]
     Mirror(String),
     #[error("garbled: {0}")]

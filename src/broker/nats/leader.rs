@@ -20,10 +20,14 @@ use tokio::{sync::watch, time::Instant};
 use super::{
     api::{Api, RequestError, code},
     coalesce::Coalesced,
+    epoch::{AtAnchor, Finding, Identity, Seen},
     message::Stored,
     requirements::Mismatch,
 };
-use crate::{broker::Bounds, event::Epoch};
+use crate::{
+    broker::Bounds,
+    event::{Epoch, Event},
+};
 
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
 const SLOW: Duration = Duration::from_millis(50);
@@ -43,6 +47,9 @@ const FRESH: Duration = Duration::from_secs(2);
 /// After how long a leader is asked again that may have been deposed: it soon knows.
 const DEPOSED_PAUSE: Duration = Duration::from_millis(100);
 
+/// A leader that knows of less than is proven, for so long, has lost it. (One that was just elected may have yet to apply it.)
+const BEHIND: Duration = Duration::from_secs(3);
+
 /// What the stream's leader says of the stream.
 #[derive(Debug)]
 pub(super) struct Info {
@@ -54,8 +61,13 @@ pub(super) struct Info {
 }
 
 impl Info {
-    pub fn incarnation(&self) -> Incarnation {
-        Incarnation { epoch: self.bounds.epoch, created: self.created, last: self.bounds.last }
+    pub fn identity(&self) -> Identity {
+        Identity::new(self.created, self.bounds.last, self.bounds.time)
+    }
+
+    fn seen(&self) -> Seen {
+        let Bounds { last, time, .. } = self.bounds;
+        Seen { created: self.created, last, last_time: time, at_anchor: AtAnchor::Unasked }
     }
 
     /// Of a stream that was made then and keeps nothing.
@@ -78,24 +90,18 @@ struct Shared {
     known: Arc<Known>,
 }
 
-/// An incarnation of the stream, when it was made, and the last sequence that is known of it.
-#[derive(Clone, Copy)]
-pub(super) struct Incarnation {
-    pub epoch: Epoch,
-    pub created: Timestamp,
-    last: u64,
-}
-
 /// When a request was sent, and what was known then.
 #[derive(Clone, Copy)]
 pub(super) struct Sending {
     at: Instant,
-    known: Incarnation,
+    known: Identity,
 }
 
 /// What the last answer said, kept by whoever asks next.
 pub(super) struct Known {
-    present: Mutex<Incarnation>,
+    present: Mutex<Identity>,
+    /// Since when the leader has known of less than is proven.
+    behind: Mutex<Option<Instant>>,
     /// Why the last question about the stream failed, if it did.
     trouble: Mutex<Option<String>>,
     /// What is wrong with the stream's settings, if anything is.
@@ -117,7 +123,8 @@ pub(super) struct Known {
 impl Known {
     pub fn new(info: &Info) -> Known {
         Known {
-            present: Mutex::new(info.incarnation()),
+            present: Mutex::new(info.identity()),
+            behind: Mutex::new(None),
             trouble: Mutex::new(None),
             mismatch: Mutex::new(None),
             doubts: watch::Sender::new(0),
@@ -147,7 +154,7 @@ impl Known {
     }
 
     /// The incarnation of the stream that the last answer told of.
-    pub fn present(&self) -> Incarnation {
+    pub fn present(&self) -> Identity {
         *self.lock_present()
     }
 
@@ -196,35 +203,74 @@ impl Known {
         }
     }
 
-    pub fn learn(&self, answer: &Result<Arc<Info>, RequestError>, as_of: u64) {
-        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) =
-            answer.as_ref().err().map(|error| error.to_string());
-        if let Ok(info) = answer {
-            let now = info.incarnation();
-            let before = std::mem::replace(&mut *self.lock_present(), now);
-            if before.epoch == now.epoch {
-                self.reach(now.epoch, before.last);
-            } else {
-                tracing::warn!(epoch = %now.epoch, "the stream was made anew");
-                self.doubt();
+    /// Takes over what the leader says, which was asked when `before` was known and this many changes had been told of.
+    ///
+    /// # Errors
+    /// When that can't be judged yet.
+    pub fn learn(
+        &self,
+        mut before: Identity,
+        seen: &Seen,
+        is_undisputed: bool,
+        as_of: u64,
+    ) -> Result<(), RequestError> {
+        let is_behind = before.is_ahead_of(seen);
+        {
+            let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+            match is_behind {
+                true if !is_undisputed || behind.get_or_insert_with(Instant::now).elapsed() < BEHIND => {
+                    return Err(RequestError::Behind);
+                }
+                true | false => *behind = None,
             }
-            self.present_as_of.store(as_of, Ordering::Release);
         }
+        let finding = before.learn(seen);
+        let mut present = self.lock_present();
+        match finding {
+            // What was stored meanwhile counts.
+            Finding::Same if present.epoch == before.epoch => before.keep_newest_of(&present),
+            Finding::Same => {}
+            Finding::Recreated | Finding::Rewound => {}
+        }
+        *present = before;
+        drop(present);
+        self.present_as_of.store(as_of, Ordering::Release);
+        match finding {
+            Finding::Same => {}
+            Finding::Recreated => tracing::warn!(epoch = %before.epoch, "the stream was made anew"),
+            Finding::Rewound => tracing::warn!(last = seen.last, "the stream has lost its end, and counts anew"),
+        }
+        if finding != Finding::Same {
+            self.doubt();
+        }
+        Ok(())
+    }
+
+    fn note(&self, trouble: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = trouble;
+    }
+
+    /// Whether the stream may have changed without notice since the last answer.
+    fn is_doubtful(&self) -> bool {
+        let is_settled = self.present_as_of.load(Ordering::Acquire) == self.changes.load(Ordering::Acquire);
+        !is_settled || !self.is_told.load(Ordering::Acquire)
+    }
+
+    /// Takes note of an event that came live.
+    pub fn see(&self, epoch: Epoch, event: &Event) {
+        self.lock_present().see(epoch, event.sequence, event.time);
     }
 
     /// Takes note of an event that was stored.
     fn reach(&self, epoch: Epoch, sequence: u64) {
-        let mut present = self.lock_present();
-        if present.epoch == epoch {
-            present.last = present.last.max(sequence);
-        }
+        self.lock_present().reach(epoch, sequence);
     }
 
     fn lock_undisputed(&self) -> MutexGuard<'_, Option<Instant>> {
         self.undisputed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_present(&self) -> MutexGuard<'_, Incarnation> {
+    fn lock_present(&self) -> MutexGuard<'_, Identity> {
         self.present.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -238,11 +284,9 @@ impl Leader {
             move || {
                 let (api, stream, known) = (api.clone(), stream.clone(), known.clone());
                 async move {
-                    let as_of = known.changes.load(Ordering::Acquire);
                     let asked = Instant::now();
-                    let answer = ask_for_info(&api, &stream).await.map(Arc::new);
-                    known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
-                    known.learn(&answer, as_of);
+                    let answer = ask_and_learn(&api, &stream, &known).await.map(Arc::new);
+                    known.note(answer.as_ref().err().map(RequestError::to_string));
                     let is_undisputed = answer.as_ref().is_ok_and(|info| info.is_undisputed);
                     *known.lock_undisputed() = is_undisputed.then_some(asked);
                     answer
@@ -309,9 +353,7 @@ impl Leader {
     /// changed: when this gateway would not have heard of a change, or was told of one, or when the answer took so long
     /// that the word of a change may have come together with it.
     pub async fn answered(&self, sending: Sending) -> Option<Epoch> {
-        let known = &self.0.known;
-        let is_settled = known.present_as_of.load(Ordering::Acquire) == known.changes.load(Ordering::Acquire);
-        match is_settled && known.is_told.load(Ordering::Acquire) && sending.at.elapsed() < SLOW {
+        match !self.0.known.is_doubtful() && sending.at.elapsed() < SLOW {
             true => (self.epoch() == sending.known.epoch).then_some(sending.known.epoch),
             false => self.asked(sending).await,
         }
@@ -353,10 +395,34 @@ where
     loop {
         match ask().await {
             Err(RequestError::Silent(_)) if Instant::now() < until => {}
-            Err(RequestError::Deposed) if Instant::now() < until => tokio::time::sleep(DEPOSED_PAUSE).await,
+            Err(RequestError::Deposed | RequestError::Behind) if Instant::now() < until => {
+                tokio::time::sleep(DEPOSED_PAUSE).await
+            }
             answer => return answer,
         }
     }
+}
+
+/// Asks the leader what the stream is, and which incarnation that is by what is known.
+async fn ask_and_learn(api: &Api, stream: &str, known: &Known) -> Result<Info, RequestError> {
+    let (before, as_of, asked) = (known.present(), known.changes.load(Ordering::Acquire), Instant::now());
+    let mut info = ask_for_info(api, stream).await?;
+    known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
+    let mut seen = info.seen();
+    if let Some(sequence) = before.sequence_to_check(&seen, known.is_doubtful()) {
+        let body = json!({ "seq": sequence });
+        seen.at_anchor = match api.ask(&format!("$JS.API.STREAM.MSG.GET.{stream}"), &body).await {
+            Ok(answer) => {
+                let time = answer["message"]["time"].as_str().and_then(|time| time.parse().ok());
+                AtAnchor::Stored(time.ok_or_else(|| RequestError::Garbled("a message without a time".into()))?)
+            }
+            Err(RequestError::Refused(refusal)) if refusal.err_code == code::NO_MESSAGE => AtAnchor::Nothing,
+            Err(error) => return Err(error),
+        };
+    }
+    known.learn(before, &seen, info.is_undisputed, as_of)?;
+    info.bounds.epoch = known.present().epoch;
+    Ok(info)
 }
 
 async fn ask_for_info(api: &Api, stream: &str) -> Result<Info, RequestError> {
@@ -415,14 +481,18 @@ fn bounds(answer: Value) -> Result<(Bounds, Timestamp), RequestError> {
         messages: u64,
         first_seq: u64,
         last_seq: u64,
+        #[serde(default)]
+        last_ts: String,
     }
     let Answer { created, state } = serde_json::from_value(answer)
         .map_err(|error| RequestError::Garbled(format!("the stream's state: {error}")))?;
     let created: Timestamp =
         created.parse().map_err(|error| RequestError::Garbled(format!("the stream's time of creation: {error}")))?;
-    let seed = created.as_nanosecond() as u64;
     let first = if state.messages == 0 { state.last_seq.saturating_add(1) } else { state.first_seq.max(1) };
-    Ok((Bounds { epoch: Epoch::from_seed(seed), first, last: state.last_seq }, created))
+    let epoch = Epoch::from_seed(created.as_nanosecond() as u64);
+    // A stream that has never kept anything tells of the year 1.
+    let time = state.last_ts.parse().ok().filter(|time| *time > Timestamp::UNIX_EPOCH && state.last_seq > 0);
+    Ok((Bounds { epoch, first, last: state.last_seq, time }, created))
 }
 
 #[cfg(test)]

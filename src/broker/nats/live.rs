@@ -207,7 +207,10 @@ impl Router {
                     return self.question(state).keep(message);
                 }
                 Some(newest) if newest.epoch == this.epoch && newest.sequence >= this.sequence => {}
-                Some(_) | None => state.newest = Some(this),
+                Some(_) | None => {
+                    state.newest = Some(this);
+                    self.known.see(*epoch, event);
+                }
             }
         }
         feed.mailbox.put(hint);
@@ -346,7 +349,8 @@ mod tests {
     }
 
     fn learn(router: &Router, info: Info) {
-        router.known.learn(&Ok(Arc::new(info)), 0);
+        let seen = info.identity().as_seen();
+        router.known.learn(router.known.present(), &seen, true, 0).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Deserialize;
 
-use super::leader::Incarnation;
+use super::epoch::Identity;
 use crate::{
     broker::Hint,
     config::{NatsStream, parse_duration},
@@ -79,7 +79,7 @@ impl<'m> Delivered<'m> {
 
 /// A message on a live subject, believed to be of the stream's present incarnation. What can't be read, or is not what
 /// was asked for, is a hint lost; and so is what was stored before that incarnation was made.
-pub(super) fn hint(message: &Message, filter: &Filter, names: &NatsStream, present: Incarnation) -> Hint {
+pub(super) fn hint(message: &Message, filter: &Filter, names: &NatsStream, present: Identity) -> Hint {
     let read = || {
         let delivered = Delivered::of(message)?;
         if delivered.stream()? != names.name || !delivered.is_whole() {
@@ -87,7 +87,7 @@ pub(super) fn hint(message: &Message, filter: &Filter, names: &NatsStream, prese
         }
         let previous = delivered.number("Nats-Last-Sequence")?;
         let event = delivered.event(&names.prefix)?;
-        let is_wanted = event.time >= present.created && filter.matches(&event.subject);
+        let is_wanted = event.time >= present.since && filter.matches(&event.subject);
         is_wanted.then_some(Hint::Stored { event, previous, epoch: present.epoch })
     };
     read().unwrap_or(Hint::Lost)
@@ -165,8 +165,8 @@ mod tests {
         crate::config::Config::load(None, vec![]).unwrap().nats.stream
     }
 
-    fn present() -> Incarnation {
-        Info::made_at("2026-01-02T03:04:05.05161763Z").incarnation()
+    fn present() -> Identity {
+        Info::made_at("2026-01-02T03:04:05.05161763Z").identity()
     }
 
     fn republished(headers: &[(&str, &str)]) -> Hint {

@@ -7,6 +7,7 @@
 //! | `provision` | the server and the stream at start: checked, made, mended |
 //! | `requirements` | the stream's definition, and what breaks a promise |
 //! | `api`, `inbox` | requests that are answered by JSON, and their replies |
+//! | `epoch` | which incarnation of the stream this is |
 //! | `leader`, `coalesce` | requests whose answer is final, by the stream's leader |
 //! | `history`, `batch` | pages: batches by any replica, proven by the leader |
 //! | `snapshot` | the last event of every subject |
@@ -26,6 +27,7 @@ mod api;
 mod batch;
 mod coalesce;
 mod connector;
+mod epoch;
 mod history;
 mod inbox;
 mod leader;

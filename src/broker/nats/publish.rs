@@ -139,10 +139,10 @@ impl Publish for Publisher {
 impl Publisher {
     /// The sequence of `id`, if it is of this incarnation of the stream; else no event of ours can be the last.
     async fn sequence_of(&self, id: EventId) -> Result<u64, PublishError> {
-        if id.epoch != self.leader.epoch() {
+        if !id.epoch.is_named(self.leader.epoch()) {
             // Perhaps it is us who have not heard of a new incarnation yet.
             let info = self.leader.info().await.map_err(|_| PublishError::Unavailable)?;
-            if id.epoch != info.bounds.epoch {
+            if !id.epoch.is_named(info.bounds.epoch) {
                 return Err(PublishError::ConditionFailed);
             }
         }

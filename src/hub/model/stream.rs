@@ -303,7 +303,8 @@ impl Broker for Scripted {
     async fn bounds(&self) -> Result<Bounds, BrokerError> {
         let state = self.request().await?;
         let stream = &state.stream;
-        Ok(Bounds { epoch: stream.epoch, first: stream.first, last: stream.last() })
+        let time = stream.stored.last().map(|stored| stored.event.time);
+        Ok(Bounds { epoch: stream.epoch, first: stream.first, last: stream.last(), time })
     }
 
     fn doubts(&self) -> watch::Receiver<u64> {
