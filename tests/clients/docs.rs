@@ -4,10 +4,12 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use super::drivers::CLIENTS;
 
-const PROGRAMS: &[&str] = &["page.mjs", "node.mjs", "python.py", "go/main.go", "rust/src/main.rs", "curl.sh"];
+const PROGRAMS: &[&str] =
+    &["page.mjs", "node.mjs", "python.py", "go/main.go", "rust/src/main.rs", "java/Clients.java", "curl.sh"];
 
 /// Where versions are named: for installing, and for building.
-const PINS: [&str; 3] = ["tests/install", "tests/clients/go/go.mod", "tests/clients/rust/Cargo.lock"];
+const PINS: [&str; 4] =
+    ["tests/install", "tests/clients/go/go.mod", "tests/clients/rust/Cargo.lock", "tests/clients/java/pom.xml"];
 
 fn read(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);

@@ -45,6 +45,7 @@ enum Program {
     Python,
     Go,
     Rust,
+    Java,
     Curl,
 }
 
@@ -76,6 +77,8 @@ pub const CLIENTS: &[Client] = &[
     client("launchdarkly/eventsource", Program::Go, "launchdarkly/eventsource").with_http2(),
     client("reqwest-eventsource", Program::Rust, "reqwest-eventsource"),
     client("eventsource-client in Rust", Program::Rust, "eventsource-client in Rust"),
+    client("okhttp-eventsource", Program::Java, "okhttp-eventsource"),
+    client("okhttp-sse", Program::Java, "okhttp-sse"),
     client("curl", Program::Curl, "").with_http2(),
 ];
 
@@ -94,19 +97,21 @@ impl Client {
         self
     }
 
-    /// Whether its runtime is here. All are, where `tests/install` has run, but for Go, which it does not bring; there
-    /// must be one on CI.
+    /// Whether its runtime is here. All are, where `tests/install` has run, but for those of Go and Java, which it does not
+    /// bring. On CI there must be a Go.
     pub fn is_here(&self) -> bool {
         static GO: LazyLock<bool> = LazyLock::new(|| {
             let found =
                 Command::new("go").arg("version").stdout(Stdio::null()).status().is_ok_and(|status| status.success());
             assert!(found || std::env::var_os("CI").is_none(), "there is no Go toolchain");
-            if !found {
-                eprintln!("there is no Go toolchain: Go's clients are left out");
-            }
-            found
+            found || left_out("Go")
         });
-        self.program != Program::Go || *GO
+        static JAVA: LazyLock<bool> = LazyLock::new(|| tools().join("java").is_dir() || left_out("Java"));
+        match self.program {
+            Program::Go => *GO,
+            Program::Java => *JAVA,
+            _ => true,
+        }
     }
 
     /// Begins to read the stream at `url`, with TLS where there is a certificate.
@@ -288,6 +293,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
+fn left_out(language: &str) -> bool {
+    eprintln!("{language} is not installed, and its clients are left out");
+    false
+}
+
 /// Where `tests/install` puts what these tests alone need.
 fn tools() -> PathBuf {
     root().join("target/tools/clients")
@@ -343,6 +353,11 @@ fn command(program: Program) -> Command {
                 build_it.args(["build", "--quiet", "--locked", "--target-dir"]).arg(&target).current_dir(here("rust")),
             );
             Command::new(target.join("debug/clients"))
+        }
+        Program::Java => {
+            let mut command = Command::new("java");
+            command.arg("-cp").arg(tools().join("java/*")).arg(here("java/Clients.java"));
+            command
         }
         Program::Curl => unreachable!("curl has a process for each stream"),
     }

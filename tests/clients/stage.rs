@@ -2,6 +2,7 @@
 //! a subject of its own.
 
 use std::{
+    cell::RefCell,
     collections::BTreeSet,
     fs,
     net::SocketAddr,
@@ -50,6 +51,8 @@ pub struct Stage {
     nginx: Option<Nginx>,
     readers: Vec<Reader>,
     published: Vec<String>,
+    /// What was waited for in vain, and of whom.
+    unmet: RefCell<Vec<String>>,
     /// Between nginx and the gateways, if [`Ending::LastChunk`] is wanted there.
     _behind_nginx: Vec<Pipe>,
 }
@@ -73,6 +76,7 @@ impl Stage {
             nginx: None,
             readers: vec![],
             published: vec![],
+            unmet: RefCell::default(),
             _behind_nginx: vec![],
         };
         let mut upstreams = [stage.gateways[0].address, stage.gateways[1].address];
@@ -134,8 +138,7 @@ impl Stage {
         self.wait_for_all(&format!("get {count} {kind}"), |_, reader| has(reader));
     }
 
-    /// Waits until something is so of every client that has not given up, nor failed where it is known to. That it is not so
-    /// in time is no failure yet: what each client has got decides.
+    /// Waits until something is so of every client that has not given up, nor failed where it is known to.
     fn wait_for_all(&self, what: &str, so: impl Fn(usize, &Reader) -> bool) {
         let has_failed = |reader: &Reader| {
             let may_fail = expects_loss(reader.client.name, self.scenario, self.place);
@@ -147,7 +150,7 @@ impl Stage {
             readers.filter(lacks).map(|(_, reader)| reader.client.name).collect::<Vec<_>>()
         };
         if !wait_until(PATIENCE, || lacking().is_empty()) {
-            eprintln!("{:?} {:?}: not so: {what}: {:?}", self.scenario, self.place, lacking());
+            self.unmet.borrow_mut().push(format!("{:?} did not: {what}", lacking()));
         }
     }
 
@@ -234,7 +237,7 @@ impl Stage {
 
     /// Every client has got everything once, but for its weaknesses.
     pub fn assert_expected(&self) {
-        let mut wrong = vec![];
+        let mut wrong = self.unmet.take();
         for (reader, (client, found)) in self.readers.iter().zip(self.found()) {
             let surprises = surprises(client.name, self.scenario, self.place, &found);
             if !surprises.is_empty() {
