@@ -745,6 +745,30 @@ fn a_new_key_is_found_and_known_ones_outlive_their_endpoint() {
 }
 
 #[test]
+fn a_key_that_is_not_published_any_more_stops_an_open_batch() {
+    let (old, new) = (KeyPair::make(Algorithm::ES256), KeyPair::make(Algorithm::ES256));
+    let keys = Arc::new(Mutex::new(vec![old.jwk("old")]));
+    let site = Site::start(provider(keys.clone()));
+    let gateway = Launch::new()
+        .with("auth.jwt.jwks_url", &format!("http://{}/jwks", site.address))
+        .with("auth.jwt.jwks_refresh_min", "100ms")
+        .with("auth.policy.publish", r#"[">"]"#)
+        .start();
+    let mut batch = gateway.connect();
+    batch.send(Request::batch().bearer(&old.token(Some("old"))).chunked());
+    batch.send_chunk("{\"subject\":\"a\",\"data\":1}\n");
+    assert_eq!(batch.head().status, 200);
+    assert!(batch.line().expect("an answer").contains("\"id\""));
+
+    *keys.lock().unwrap() = vec![new.jwk("new")];
+    wait_for(&gateway, || get("/events/demo").bearer(&new.token(Some("new"))), 200);
+
+    batch.send_chunk("{\"subject\":\"a\",\"data\":1}\n");
+    let refused = batch.line().expect("an answer");
+    assert!(refused.contains("invalid_token"), "{refused}");
+}
+
+#[test]
 fn a_gateway_starts_while_its_provider_is_down() {
     let pair = KeyPair::make(Algorithm::EdDSA);
     let keys = Arc::new(Mutex::new(vec![pair.jwk("one")]));

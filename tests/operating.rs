@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use support::{
     PATIENCE,
     backend::Backend,
@@ -18,6 +20,7 @@ use support::{
     http::Request,
     nats::NatsServer,
     sse::{Signal, farewell},
+    tokens::{SECRET, token},
 };
 
 /// A file of settings that is gone with the test.
@@ -350,6 +353,55 @@ fn a_hangup_takes_new_keys_and_no_stream_notices() {
     for words in ["these change only with a restart: sse.retry", "the settings stay as they are", "nonsense"] {
         assert!(log.contains(words), "{words:?} is not in {log}");
     }
+}
+
+#[test]
+fn what_is_taken_away_stops_an_open_batch_at_its_next_line() {
+    let key = "tgk_of_a_test";
+    let hash: String = Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect();
+    let some = format!(
+        "[[auth.keys]]\nname = 'one'\nhash = 'sha256:{hash}'\npublish = ['a']\n[auth.policy]\npublish = ['a']\n\
+         [auth.anonymous]\npublish = ['a']\n"
+    );
+    let file = File::with(&some);
+    let mut gateway = file.launch().with("auth.jwt.secret", SECRET).start();
+    let token = token(json!({ "sub": "ann" }));
+    let by = |who: &str, request: Request| match who {
+        "" => request,
+        bearer => request.bearer(bearer),
+    };
+    let mut batches = [(key, 401, "invalid_token"), (&token, 403, "forbidden"), ("", 401, "unauthenticated")].map(
+        |(who, status, code)| {
+            let mut batch = gateway.connect();
+            batch.send(by(who, Request::batch().chunked()));
+            (batch, status, code)
+        },
+    );
+    let mut answers = |begin: bool| {
+        batches.each_mut().map(|(batch, status, code)| {
+            batch.send_chunk("{\"subject\":\"a\",\"data\":1}\n");
+            if begin {
+                assert_eq!(batch.head().status, 200);
+            }
+            let answer: Value = serde_json::from_str(&batch.line().expect("an answer")).expect("JSON");
+            let refused = answer["status"] == json!(*status) && answer["code"] == json!(*code);
+            (answer["id"].is_string(), refused, answer)
+        })
+    };
+    let status = |gateway: &Gateway| gateway.ask(Request::post("/events/a").bearer(key).body("x")).status;
+    assert!(answers(true).iter().all(|(is_stored, _, _)| *is_stored));
+
+    file.write("[auth.anonymous]\nsubscribe = ['public']\n");
+    gateway.hang_up();
+    wait_until(|| status(&gateway) == 401);
+    let refused = answers(false);
+    assert!(refused.iter().all(|(_, is_refused, _)| *is_refused), "{refused:?}");
+
+    file.write(&some);
+    gateway.hang_up();
+    wait_until(|| status(&gateway) == 201);
+    let stored = answers(false);
+    assert!(stored.iter().all(|(is_stored, _, _)| *is_stored), "{stored:?}");
 }
 
 #[test]

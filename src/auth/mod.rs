@@ -16,10 +16,10 @@ use std::{
     io,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, Weak},
 };
 
-use self::{api_key::ApiKeys, token::Tokens};
+use self::{api_key::ApiKeys, key::Key, token::Tokens};
 pub use self::{
     api_key::NewKey,
     principal::{Carrier, Principal},
@@ -54,6 +54,25 @@ enum Openness {
     Local,
     /// To everybody.
     Open,
+}
+
+/// Everything that said who may do what at one moment, the keys behind a URL among it. Equal as long as nothing of it was
+/// replaced.
+#[derive(Clone)]
+pub struct Version {
+    rules: Weak<Shared>,
+    published: Option<Weak<[Key]>>,
+}
+
+impl PartialEq for Version {
+    fn eq(&self, other: &Version) -> bool {
+        let same = match (&self.published, &other.published) {
+            (None, None) => true,
+            (Some(ours), Some(theirs)) => ours.ptr_eq(theirs),
+            _ => false,
+        };
+        same && self.rules.ptr_eq(&other.rules)
+    }
 }
 
 /// Why a gateway can't start with these settings, in words for the operator.
@@ -144,6 +163,12 @@ impl Auth {
 
     fn now(&self) -> Arc<Shared> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is in force now.
+    pub fn version(&self) -> Version {
+        let auth = self.now();
+        Version { rules: Arc::downgrade(&auth), published: auth.tokens.as_ref().and_then(Tokens::published) }
     }
 
     /// Who brings this.

@@ -1,6 +1,9 @@
 //! Tokens (RFC 7519): which are good, and what their bearers may do. And makes some, for development.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use jsonwebtoken::{
@@ -72,6 +75,11 @@ impl Tokens {
             lifetime: jwt.lifetime,
             takes_audience: !jwt.audience.is_empty(),
         })
+    }
+
+    /// The keys that were read from a URL last.
+    pub(super) fn published(&self) -> Option<Weak<[Key]>> {
+        self.remote.as_ref().map(|remote| Arc::downgrade(&remote.known().keys))
     }
 
     /// Who bears this token.

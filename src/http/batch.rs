@@ -39,12 +39,12 @@ use super::{
     passage::caller,
     publish::{Receipt, check_coding, key_of, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
     query::Parameters,
-    who,
+    who::{self, Sender},
 };
 use crate::{
-    auth::Principal,
     broker::{Condition, Publication},
     limits::{Caller, Limits, Wait},
+    subject::Subject,
 };
 
 /// Types that mean one JSON value a line.
@@ -89,18 +89,18 @@ const SMALL_LINE_BYTES: usize = 64 << 10;
 
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    let principal = match check(&app, &request).await {
-        Ok(principal) => principal,
+    let (sender, caller) = match check(&app, &request).await {
+        Ok(checked) => checked,
         Err(error) => return app.refuse(&request, &error),
     };
     let has = |name| request.headers().contains_key(name);
     let (behind_proxy, is_announced) = (has(REFUSAL_HEADER), !has(header::TRANSFER_ENCODING.as_str()));
     let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines::new(payload, bytes_max, Toll::new(app.shares.clone(), caller(&request, &principal))),
+        lines: Lines::new(payload, bytes_max, Toll::new(app.shares.clone(), caller)),
         waiting: FuturesOrdered::new(),
         ended: false,
-        principal,
+        sender,
         app,
     };
     let (first, next) = match (behind_proxy, is_announced) {
@@ -135,11 +135,12 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     response
 }
 
-async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> {
+async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller), ApiError> {
     let query = app.query(request, &PARAMETERS)?;
-    let principal = who::identify(app, request, &query).await?;
-    who::check_page(app, request)?;
-    who::check_publish_anything(&principal)?;
+    let mut sender = Sender::identify(app, request, query).await?;
+    let principal = sender.now(app).await?;
+    who::check_publish_anything(principal)?;
+    let caller = caller(request, principal);
     if let Some((header, field)) = HEADERS_OF_ONE.iter().find(|(header, _)| request.headers().contains_key(*header)) {
         let fields = HEADERS_OF_ONE.map(|(_, field)| field).join(", ");
         let detail = format!(
@@ -160,11 +161,11 @@ async fn check(app: &App, request: &HttpRequest) -> Result<Principal, ApiError> 
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
-    Ok(principal)
+    Ok((sender, caller))
 }
 
 struct Batch {
-    principal: Principal,
+    sender: Sender,
     app: web::Data<App>,
     lines: Lines,
     waiting: FuturesOrdered<BoxFuture<'static, Answer>>,
@@ -249,25 +250,26 @@ impl Batch {
                 return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
             }
         };
-        let publication = self.parse(line).await.and_then(|mut publication| {
-            who::check_publish(&self.principal, &publication.subject)?;
-            publication.key = publication.key.map(|key| key_of(&self.principal, &key));
-            Ok(publication)
-        });
-        let publication = match publication {
-            Ok(publication) => publication,
-            Err(error) => return self.answer(Answer::Refused(number, error)),
-        };
-        let subject = publication.subject.clone();
-        match self.app.publish(&self.principal, publication).await {
+        match self.publish(line).await {
             Err(error) => self.answer(Answer::Refused(number, error)),
-            Ok(receipt) => self.waiting.push_back(Box::pin(async move {
+            Ok((subject, receipt)) => self.waiting.push_back(Box::pin(async move {
                 match receipt.await {
                     Ok(published) => Answer::stored(number, &Receipt::new(published, &subject)),
                     Err(error) => Answer::Refused(number, error),
                 }
             })),
         }
+    }
+
+    /// Hands an event to the broker, if its sender may publish it now.
+    async fn publish(&mut self, line: Bytes) -> Result<(Subject, super::Receipt), ApiError> {
+        let mut publication = self.parse(line).await?;
+        let principal = self.sender.now(&self.app).await?;
+        who::check_publish(principal, &publication.subject)?;
+        publication.key = publication.key.map(|key| key_of(principal, &key));
+        let subject = publication.subject.clone();
+        let receipt = self.app.publish(principal, publication).await?;
+        Ok((subject, receipt))
     }
 
     /// Reads a line here, or, if that may take long, on a thread where nobody waits.

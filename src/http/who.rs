@@ -19,7 +19,7 @@ use super::{
     query::Query,
 };
 use crate::{
-    auth::{Carrier, Credential, Principal, Refusal, local},
+    auth::{Carrier, Credential, Principal, Refusal, Version, local},
     delivery::Client,
     subject::{Filter, Subject},
 };
@@ -35,27 +35,8 @@ pub const ADVICE: (&[&str], &str) = (
 
 /// Who sends `request`.
 pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result<Principal, ApiError> {
-    if app.auth.is_local_only() {
-        check_local(app, request)?;
-    }
-    let from_header = authorization(request)?.map(|text| (text, Carrier::Header));
-    let cookie = app.auth.cookie();
-    let from_cookie = cookies(request, &cookie).map(|text| (text, Carrier::Cookie));
-    let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), Carrier::Query));
-    let brought: Vec<(Cow<'_, str>, _)> = from_header.into_iter().chain(from_cookie).chain(from_query).collect();
-    let Some((text, carrier)) = brought.first() else { return Ok(app.auth.identify(None).await?) };
-    let mut others = brought.iter().filter(|(other, _)| other != text).map(|(_, carrier)| *carrier).peekable();
-    if others.peek().is_some() {
-        let detail = match *carrier == Carrier::Cookie && others.all(|other| other == Carrier::Cookie) {
-            true => format!(
-                "several cookies are named {cookie}, with different values: a browser keeps one for each path and \
-                 domain that set it; delete all but one"
-            ),
-            false => "the request brings different tokens (Authorization, cookie, ?token=): bring one".into(),
-        };
-        return Err(ApiError::new(Code::AmbiguousToken, detail));
-    }
-    let credential = Credential { text, carrier: *carrier };
+    let Some((text, carrier)) = brought(app, request, query)? else { return Ok(app.auth.identify(None).await?) };
+    let credential = Credential { text: &text, carrier };
     if request.method() != Method::POST {
         // An attempt that is counted already, good or bad.
         return Ok(app.auth.identify(Some(credential)).await?);
@@ -67,6 +48,73 @@ pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result
         app.shares.bad_credential(address);
     }
     Ok(identified?)
+}
+
+/// Who sends a request that goes on: identified anew whenever what says who may do what has changed.
+pub struct Sender {
+    request: HttpRequest,
+    query: Query,
+    as_of: Version,
+    principal: Result<Principal, ApiError>,
+}
+
+impl Sender {
+    /// Who sends `request` now.
+    pub async fn identify(app: &App, request: &HttpRequest, query: Query) -> Result<Sender, ApiError> {
+        // Looked at before, so that what changes meanwhile is looked at again.
+        let as_of = app.auth.version();
+        let principal = Ok(identify(app, request, &query).await?);
+        Ok(Sender { request: request.clone(), query, as_of, principal })
+    }
+
+    /// Who it is by what is in force now. Refused, if its page may not publish any more.
+    pub async fn now(&mut self, app: &App) -> Result<&Principal, ApiError> {
+        let now = app.auth.version();
+        if now != self.as_of {
+            match Box::pin(self.identify_again(app)).await {
+                // Nobody knows now; whoever asks next may be told.
+                Err(error) if error.code == Code::KeysUnavailable => return Err(error),
+                principal => (self.as_of, self.principal) = (now, principal),
+            }
+        }
+        check_page(app, &self.request)?;
+        self.principal.as_ref().map_err(ApiError::clone)
+    }
+
+    async fn identify_again(&self, app: &App) -> Result<Principal, ApiError> {
+        let brought = brought(app, &self.request, &self.query)?;
+        let credential = brought.as_ref().map(|(text, carrier)| Credential { text, carrier: *carrier });
+        Ok(app.auth.identify(credential).await?)
+    }
+}
+
+/// What `request` brings to say who sends it, if anything.
+fn brought<'a>(
+    app: &App,
+    request: &'a HttpRequest,
+    query: &'a Query,
+) -> Result<Option<(Cow<'a, str>, Carrier)>, ApiError> {
+    if app.auth.is_local_only() {
+        check_local(app, request)?;
+    }
+    let from_header = authorization(request)?.map(|text| (text, Carrier::Header));
+    let cookie = app.auth.cookie();
+    let from_cookie = cookies(request, &cookie).map(|text| (Cow::Owned(text), Carrier::Cookie));
+    let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), Carrier::Query));
+    let mut brought = from_header.into_iter().chain(from_cookie).chain(from_query);
+    let Some((text, carrier)) = brought.next() else { return Ok(None) };
+    let mut others = brought.filter(|(other, _)| *other != text).map(|(_, carrier)| carrier).peekable();
+    if others.peek().is_some() {
+        let detail = match carrier == Carrier::Cookie && others.all(|other| other == Carrier::Cookie) {
+            true => format!(
+                "several cookies are named {cookie}, with different values: a browser keeps one for each path and \
+                 domain that set it; delete all but one"
+            ),
+            false => "the request brings different tokens (Authorization, cookie, ?token=): bring one".into(),
+        };
+        return Err(ApiError::new(Code::AmbiguousToken, detail));
+    }
+    Ok(Some((text, carrier)))
 }
 
 /// Who they are to whoever looks at their stream.
@@ -139,14 +187,14 @@ fn is_scheme(text: &str) -> bool {
 }
 
 /// The values of the cookies of this name, other than empty ones, whatever else is sent as cookies.
-fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = Cow<'a, str>> {
+fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = String> {
     let lines = request.headers().get_all(header::COOKIE).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let values = lines.flat_map(move |line| {
         let named = line.split(';').filter_map(|pair| pair.trim().split_once('='));
         let values = named.filter(|(other, _)| *other == name).map(|(_, value)| value.trim_matches('"').to_owned());
         values.collect::<Vec<_>>()
     });
-    values.filter(|value| !value.is_empty()).map(Cow::from)
+    values.filter(|value| !value.is_empty())
 }
 
 /// Whether somebody follows a link, which tells the page that has it nothing.
