@@ -5,12 +5,12 @@
 //!
 //! # The lock
 //! One lock guards the log, and publishing waits for it. So nothing holds it for long, whatever it has to look at: reads
-//! and removals go in steps of [`STEPS_MAX`], and let go of the log, and of their thread, in between. A read that goes on
-//! finds a log that has grown at its end and lost some of its beginning, which is what `first` tells.
+//! and removals go in steps of [`STEP_EVENTS`]. A read copies a step's events, which costs a count of references each, and
+//! holds them against its filters when it has let go of the log. The log that it finds at its next step has grown at its
+//! end and lost some of its beginning, which is what `first` tells.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    ops::RangeFrom,
     sync::{Arc, Mutex, MutexGuard},
     time::Instant,
 };
@@ -34,9 +34,8 @@ use crate::{
 
 /// Events that one read looks at, for a filter with wildcards that few of them match.
 const SCAN_MAX: usize = 10_000;
-/// Events that are held against a filter, or removed, before the log is let go of: 256 of at most 128 tokens each take
-/// 0.2 ms.
-const STEPS_MAX: usize = 256;
+/// Events that are copied, or removed, before the log is let go of: some 10 us.
+const STEP_EVENTS: usize = 256;
 /// Hints that wait for one listener. One that falls further behind reads what it missed.
 const HINTS_MAX: usize = 1024;
 /// What an event takes beside its payload and subject: the maps' entries and their slack.
@@ -143,14 +142,26 @@ impl Embedded {
 
     /// The sequence before the last `count` events that `filter` matches.
     async fn before_last(&self, filter: &Filter, count: u64) -> u64 {
-        let subject = filter.exact();
-        let mut search = BackwardSearch { before: u64::MAX, left: count };
-        loop {
-            if let Some(found) = self.log().search_back(filter, subject.as_ref(), &mut search) {
-                return found;
+        let exact = filter.exact();
+        let (mut before, mut left) = (u64::MAX, count);
+        while left > 0 {
+            let (step, first) = {
+                let log = self.log();
+                (log.step_back(exact.as_ref(), before), log.first)
+            };
+            for event in &step.events {
+                left -= u64::from(exact.is_some() || filter.matches(&event.subject));
+                if left == 0 {
+                    return event.sequence - 1;
+                }
             }
+            if step.is_last {
+                return first - 1;
+            }
+            before = step.reached;
             tokio::task::yield_now().await;
         }
+        self.log().last
     }
 
     fn store(&self, publication: Publication) -> Result<Published, PublishError> {
@@ -226,31 +237,18 @@ impl Broker for Embedded {
             From::Time(time) => self.log().before(time),
             From::Last(count) => self.before_last(&read.filter, count).await,
         };
-        let subject = read.filter.exact();
+        let exact = read.filter.exact();
         let mut scan = Scan::after(start);
         loop {
-            {
+            let (step, first, last) = {
                 let log = self.log();
-                let rest = scan.rest();
-                let progress = match &subject {
-                    Some(subject) => {
-                        let kept = log.by_subject.get(subject).into_iter().flat_map(|kept| kept.range(rest.clone()));
-                        scan.step(&self.page, kept.map(|sequence| &log.events[sequence]), |_| Tried::once(true))
-                    }
-                    None => {
-                        let kept = log.events.range(rest).map(|(_, event)| event);
-                        scan.step(&self.page, kept, |event| Tried::once(read.filter.matches(&event.subject)))
-                    }
-                };
-                let end = match progress {
-                    Progress::Paused => None,
-                    Progress::Full => Some((scan.reached, true)),
-                    Progress::AtEnd => Some((log.last.max(start), false)),
-                };
-                if let Some((proven, more)) = end {
-                    let (epoch, first, events) = (self.epoch, log.first, scan.events);
-                    return Ok(Page { epoch, start, first, events, proven, more });
-                }
+                (log.step(exact.as_ref(), scan.reached, |_| true), log.first, log.last)
+            };
+            let is_last = step.is_last;
+            let is_full = scan.take(&self.page, step, |event| exact.is_some() || read.filter.matches(&event.subject));
+            if is_full || is_last {
+                let (proven, more) = if is_full { (scan.reached, true) } else { (last.max(start), false) };
+                return Ok(Page { epoch: self.epoch, start, first, events: scan.events, proven, more });
             }
             tokio::task::yield_now().await;
         }
@@ -260,25 +258,16 @@ impl Broker for Embedded {
         let as_of = read.as_of.unwrap_or_else(|| self.log().last);
         let mut scan = Scan::after(read.after);
         loop {
-            {
+            let step = {
                 let log = self.log();
-                let wanted = |event: &Event| {
-                    if !log.is_last_as_of(as_of, event) {
-                        return Tried::once(false);
-                    }
-                    let tried = read.filters.iter().position(|filter| filter.matches(&event.subject));
-                    Tried { matches: tried.is_some(), times: tried.map_or(read.filters.len(), |tried| tried + 1) }
-                };
-                let kept = log.events.range(scan.rest()).map(|(_, event)| event);
-                let kept = kept.take_while(|event| event.sequence <= as_of);
-                let reached = match scan.step(&self.page, kept, wanted) {
-                    Progress::Paused => None,
-                    Progress::Full => Some(scan.reached),
-                    Progress::AtEnd => Some(as_of),
-                };
-                if let Some(reached) = reached {
-                    return Ok(SnapshotPage { epoch: self.epoch, as_of, events: scan.events, reached });
-                }
+                log.step(None, scan.reached, |event| event.sequence <= as_of && log.is_last_as_of(as_of, event))
+            };
+            let is_last = step.is_last || step.reached >= as_of;
+            let wanted = |event: &Event| read.filters.iter().any(|filter| filter.matches(&event.subject));
+            let is_full = scan.take(&self.page, step, wanted);
+            if is_full || is_last {
+                let reached = if is_full { scan.reached.min(as_of) } else { as_of };
+                return Ok(SnapshotPage { epoch: self.epoch, as_of, events: scan.events, reached });
             }
             tokio::task::yield_now().await;
         }
@@ -331,34 +320,26 @@ impl Log {
         low - 1
     }
 
-    /// Goes on with a search for the sequence before the last so many events that `filter`, or `subject` if it is exact,
-    /// matches.
-    fn search_back(&self, filter: &Filter, subject: Option<&Subject>, search: &mut BackwardSearch) -> Option<u64> {
-        if search.left == 0 {
-            return Some(self.last);
-        }
-        let range = ..search.before;
-        let mut steps = 0;
-        let mut matched = |sequence: u64, matches: bool| {
-            steps += 1;
-            search.before = sequence;
-            search.left -= u64::from(matches);
-            search.left == 0 || steps == STEPS_MAX
-        };
-        let has_stopped = match subject {
+    /// The next events after a sequence, of one subject or of all, as far as they are wanted.
+    fn step(&self, subject: Option<&Subject>, after: u64, wanted: impl Fn(&Event) -> bool) -> Step {
+        let rest = after.saturating_add(1)..;
+        match subject {
             Some(subject) => {
-                let kept = self.by_subject.get(subject).into_iter().flat_map(|kept| kept.range(range).rev());
-                kept.copied().any(|sequence| matched(sequence, true))
+                let kept = self.by_subject.get(subject).into_iter().flat_map(|kept| kept.range(rest.clone()));
+                Step::of(after, kept.map(|sequence| &self.events[sequence]), wanted)
             }
-            None => {
-                let kept = self.events.range(range).rev();
-                kept.map(|(_, event)| event).any(|event| matched(event.sequence, filter.matches(&event.subject)))
+            None => Step::of(after, self.events.range(rest).map(|(_, event)| event), wanted),
+        }
+    }
+
+    /// The events before a sequence, the last first.
+    fn step_back(&self, subject: Option<&Subject>, before: u64) -> Step {
+        match subject {
+            Some(subject) => {
+                let kept = self.by_subject.get(subject).into_iter().flat_map(|kept| kept.range(..before).rev());
+                Step::of(before, kept.map(|sequence| &self.events[sequence]), |_| true)
             }
-        };
-        match (has_stopped, search.left) {
-            (_, 0) => Some(search.before - 1),
-            (true, _) => None,
-            (false, _) => Some(self.first - 1),
+            None => Step::of(before, self.events.range(..before).rev().map(|(_, event)| event), |_| true),
         }
     }
 
@@ -408,7 +389,7 @@ impl Log {
     /// Removes what has expired, the oldest events while there are too many or too many bytes, and keys that are
     /// forgotten: not all of it at once. Returns what was removed; nothing when nothing is left to remove.
     fn trim(&mut self, now: Instant, time: Timestamp, limits: &config::Embedded) -> Vec<Removed> {
-        std::iter::from_fn(|| self.trim_one(now, time, limits)).take(STEPS_MAX).collect()
+        std::iter::from_fn(|| self.trim_one(now, time, limits)).take(STEP_EVENTS).collect()
     }
 
     fn trim_one(&mut self, now: Instant, time: Timestamp, limits: &config::Embedded) -> Option<Removed> {
@@ -438,80 +419,61 @@ enum Removed {
     Key,
 }
 
-/// A search for the last events that match, between its steps.
-struct BackwardSearch {
-    /// Everything from here on has been looked at.
-    before: u64,
-    /// So many are still to be found.
-    left: u64,
+/// What a read looks at while it holds the log once.
+struct Step {
+    events: Vec<Event>,
+    /// The sequence up to which they go.
+    reached: u64,
+    /// Whether there is nothing behind them.
+    is_last: bool,
+}
+
+impl Step {
+    fn of<'a>(from: u64, candidates: impl Iterator<Item = &'a Event>, wanted: impl Fn(&Event) -> bool) -> Step {
+        let mut step = Step { events: vec![], reached: from, is_last: true };
+        for (number, event) in candidates.enumerate() {
+            if number == STEP_EVENTS {
+                step.is_last = false;
+                break;
+            }
+            step.reached = event.sequence;
+            if wanted(event) {
+                step.events.push(event.clone());
+            }
+        }
+        step
+    }
 }
 
 /// A read of a page, between its steps.
 struct Scan {
     events: Vec<Event>,
     bytes: usize,
-    scanned: usize,
+    steps: usize,
     /// The last sequence that was looked at.
     reached: u64,
 }
 
-/// How far a step of a scan came.
-enum Progress {
-    /// As far as one step goes.
-    Paused,
-    /// To the end of the page.
-    Full,
-    /// To the end of the log.
-    AtEnd,
-}
-
-/// Whether an event is wanted, and how many filters it was held against.
-struct Tried {
-    matches: bool,
-    times: usize,
-}
-
-impl Tried {
-    fn once(matches: bool) -> Tried {
-        Tried { matches, times: 1 }
-    }
-}
-
 impl Scan {
     fn after(start: u64) -> Scan {
-        Scan { events: vec![], bytes: 0, scanned: 0, reached: start }
+        Scan { events: vec![], bytes: 0, steps: 0, reached: start }
     }
 
-    /// The sequences that have not been looked at.
-    fn rest(&self) -> RangeFrom<u64> {
-        self.reached.saturating_add(1)..
-    }
-
-    /// Goes on with what there is of the rest.
-    fn step<'a>(
-        &mut self,
-        page: &config::History,
-        rest: impl Iterator<Item = &'a Event>,
-        mut wanted: impl FnMut(&Event) -> Tried,
-    ) -> Progress {
-        let mut steps = 0;
-        for event in rest {
-            if self.events.len() == page.page_events || self.bytes >= page.page_bytes || self.scanned == SCAN_MAX {
-                return Progress::Full;
+    /// Takes what is wanted of a step, and says whether the page is full with it.
+    fn take(&mut self, page: &config::History, step: Step, wanted: impl Fn(&Event) -> bool) -> bool {
+        for event in step.events {
+            if self.events.len() == page.page_events || self.bytes >= page.page_bytes {
+                return true;
             }
-            if steps >= STEPS_MAX {
-                return Progress::Paused;
-            }
-            let tried = wanted(event);
-            steps += tried.times;
-            self.scanned += 1;
             self.reached = event.sequence;
-            if tried.matches {
+            if wanted(&event) {
                 self.bytes += event.payload.len();
-                self.events.push(event.clone());
+                self.events.push(event);
             }
         }
-        Progress::AtEnd
+        self.reached = step.reached;
+        self.steps += 1;
+        !step.is_last && self.steps * STEP_EVENTS >= SCAN_MAX
     }
 }
 
@@ -555,16 +517,16 @@ mod tests {
         store(&broker, "rare");
         (0..20_000).for_each(|number| store(&broker, &format!("orders.{}", number % 100)));
         let filter = |text: &str| Filter::parse(text).unwrap();
-        for (from, until) in [(From::Last(5), 20_000), (From::After(0), SCAN_MAX)] {
+        for (from, until) in [(From::Last(5), 20_000), (From::After(0), SCAN_MAX - STEP_EVENTS)] {
             let read = Read { filter: filter("*.rare"), from, until: 0 };
             let (steps, page) = steps(broker.read(read), || store(&broker, "other"));
-            assert!(steps >= until / STEPS_MAX, "{from:?}: {steps}");
+            assert!(steps >= until / STEP_EVENTS, "{from:?}: {steps}");
             assert!(page.unwrap().events.is_empty());
         }
         let filters: Vec<_> = (0..64).map(|number| filter(&format!("rare.{number}.*"))).collect();
         let read = SnapshotRead { filters, after: 0, as_of: None };
         let (steps, page) = steps(broker.snapshot(read), || store(&broker, "other"));
-        assert!(steps >= 100 * 64 / STEPS_MAX, "{steps}");
+        assert!(steps >= SCAN_MAX / STEP_EVENTS - 1, "{steps}");
         assert!(page.unwrap().events.is_empty());
     }
 
@@ -598,7 +560,7 @@ mod tests {
         loop {
             let now = log.trim(Instant::now(), tomorrow, &broker.limits).len();
             removed += now;
-            assert!(now <= STEPS_MAX);
+            assert!(now <= STEP_EVENTS);
             if now == 0 {
                 break;
             }
