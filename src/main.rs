@@ -201,14 +201,16 @@ fn serve(settings: Settings) -> Result<ExitCode, Failure> {
     let sources = settings.read()?;
     let mut config = sources.config_to_serve()?;
     let log = Log::start(&config.log, NOISE_OFF)?;
-    advice(&config, &sources).iter().for_each(|advice| tracing::warn!("{advice}"));
     provide_files(&mut config);
     runtime()?.block_on(run(config, Reloading { settings, began_with: sources, log }))
 }
 
 async fn run(config: Config, reloading: Reloading) -> Result<ExitCode, Failure> {
     let mut signals = Signals::new();
+    // Of what can't be used, the error says enough.
+    let advice = advice(&config, &reloading.began_with);
     let gateway = Gateway::start(config).await?;
+    advice.iter().for_each(|advice| tracing::warn!("{advice}"));
     greet(&gateway)?;
     while let Told::Reload = signals.next().await {
         reloading.reload(&gateway).await;
@@ -297,6 +299,7 @@ impl Reloading {
         let selection = self.log.select(&config.log.filter)?;
         provide_files(&mut config);
         gateway.reload(&config).await?;
+        advice(&config, &sources).iter().for_each(|advice| tracing::warn!("{advice}"));
         self.log.change(selection);
         let differs = self.began_with.differences(&sources);
         let fixed: Vec<_> = differs.into_iter().filter(|key| !Config::changes_while_it_runs(key)).collect();
