@@ -124,6 +124,19 @@ impl Filter {
         theirs.next().is_none()
     }
 
+    /// Whether some subject is matched by both.
+    pub fn overlaps(&self, other: &Filter) -> bool {
+        let (mut ours, mut theirs) = (self.0.split('.'), other.0.split('.'));
+        loop {
+            match (ours.next(), theirs.next()) {
+                (Some(">"), Some(_)) | (Some(_), Some(">")) | (None, None) => return true,
+                (Some("*"), Some(_)) | (Some(_), Some("*")) => {}
+                (Some(one), Some(other)) if one == other => {}
+                _ => return false,
+            }
+        }
+    }
+
     /// The fewest of `filters` that match what all of them do together: each that another covers is left out.
     pub fn fold(filters: Vec<Filter>) -> Vec<Filter> {
         let mut folded: Vec<Filter> = vec![];
@@ -300,5 +313,23 @@ mod tests {
             assert_eq!(Filter::parse(text), Err(SubjectError::MisplacedWildcard), "{text:?}");
         }
         assert!(Subject::parse(&"a".repeat(BYTES_MAX)).is_ok());
+    }
+
+    #[test]
+    fn filters_overlap_where_a_subject_matches_both() {
+        for (one, other, overlap) in [
+            ("a.*", "*.b", true),
+            ("a.>", "*.b.c", true),
+            (">", "a", true),
+            ("a", "a", true),
+            ("a.*", "a", false),
+            ("a.>", "a", false),
+            ("a.*.c", "a.b.*", true),
+            ("a.*.c", "a.b.d", false),
+            ("a.b", "a.c", false),
+        ] {
+            let [one, other] = [one, other].map(|text| Filter::parse(text).unwrap());
+            assert_eq!((one.overlaps(&other), other.overlaps(&one)), (overlap, overlap), "{one} {other}");
+        }
     }
 }

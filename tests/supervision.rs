@@ -85,7 +85,7 @@ fn a_server_that_stands_still_is_told_of_before_it_counts() {
     let mut stream = gateway.stream("/events/demo");
 
     server.freeze();
-    wait_for_readiness(&gateway, |text| text.starts_with("ready\n") && text.contains("no connection to NATS for live"));
+    wait_for_readiness(&gateway, |text| text.starts_with("ready\n") && text.contains("not connected to NATS for live"));
     server.thaw();
     wait_for_readiness(&gateway, |text| text == "ready\n");
 

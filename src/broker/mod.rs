@@ -61,6 +61,12 @@ pub trait Broker: Publish {
     /// Which incarnation of the stream this is, and what it holds: the word of the stream's leader.
     async fn bounds(&self) -> Result<Bounds, BrokerError>;
 
+    /// What the stream has let go of so far, whether by its limits or because somebody wanted it gone. Cheap: asked once a
+    /// second.
+    async fn gone(&self) -> Result<Gone, BrokerError> {
+        Ok(Gone::default())
+    }
+
     /// Counts the occasions on which live hints may have been lost without notice (a reconnect, an election, a stream
     /// event). Whoever relies on hints reads again when it moves.
     fn doubts(&self) -> watch::Receiver<u64>;
@@ -226,6 +232,15 @@ pub struct Bounds {
     pub last: u64,
     /// When that was stored, where it is known.
     pub time: Option<Timestamp>,
+}
+
+/// What a stream has let go of. Where nothing is ever told, nothing is removed but by limits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Gone {
+    /// The oldest sequence that is kept.
+    pub first: u64,
+    /// How many after that are not.
+    pub singly: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -42,6 +42,8 @@ pub struct Cursor {
     hub: Hub,
     epoch: Epoch,
     format: Format,
+    /// What was stored earlier is not wanted.
+    not_before: Option<Timestamp>,
     /// Most clients have one.
     places: SmallVec<[Place; 1]>,
     /// What is handed over before anything else.
@@ -143,12 +145,13 @@ impl Snapshot {
 }
 
 impl Cursor {
-    pub(super) fn new(hub: Hub, format: Format, found: Found) -> Cursor {
+    pub(super) fn new(hub: Hub, format: Format, not_before: Option<Timestamp>, found: Found) -> Cursor {
         let Found { epoch, places, gap: _, snapshot } = found;
         Cursor {
             hub,
             epoch,
             format,
+            not_before,
             places: places.into_iter().collect(),
             snapshot: snapshot.map(Box::new),
             turn: 0,
@@ -300,6 +303,11 @@ impl Cursor {
         let bytes_max = self.hub.0.settings.write_bytes;
         let (mut frames, mut bytes) = (vec![], 0);
         while let Some(event) = snapshot.ahead.front() {
+            if event.expires.is_some_and(|at| at <= Timestamp::now()) {
+                snapshot.position = event.sequence;
+                snapshot.ahead.pop_front();
+                continue;
+            }
             let block = sse::event(self.epoch, event, self.format);
             if !frames.is_empty() && bytes + block.len() > bytes_max {
                 break;
@@ -325,10 +333,15 @@ impl Cursor {
     fn take_at(&mut self, number: usize) -> Option<Passage> {
         let place = &self.places[number];
         let bytes_max = self.hub.0.settings.write_bytes;
+        if place.ahead.is_stale(self.hub.removals()) {
+            self.places[number].ahead = Ahead::default();
+        }
+        let place = &self.places[number];
         if !place.ahead.is_empty() {
             return Some(self.take_ahead(number));
         }
-        let skips = |subject: &Subject, sequence| self.skips(number, subject, sequence);
+        let skips =
+            |subject: &Subject, sequence, stored| self.is_too_early(stored) || self.skips(number, subject, sequence);
         match place.reader.feed.take(place.position, self.format, bytes_max, skips) {
             Take::Passage(passage) => {
                 self.places[number].position = passage.reached;
@@ -359,7 +372,8 @@ impl Cursor {
         let (mut blocks, mut bytes) = (vec![], 0);
         while let Some(passage) = self.places[number].ahead.front() {
             let sequence = passage.event.sequence;
-            if !passage.has_expired() && !self.skips(number, &passage.event.subject, sequence) {
+            let is_too_early = self.is_too_early(passage.event.time);
+            if !passage.has_expired() && !is_too_early && !self.skips(number, &passage.event.subject, sequence) {
                 let block = passage.block(self.epoch, self.format);
                 if !blocks.is_empty() && bytes + block.len() > bytes_max {
                     break;
@@ -376,6 +390,11 @@ impl Cursor {
             place.position = place.position.max(place.ahead_proven);
         }
         Passage { blocks, reached: place.position, stored: None }
+    }
+
+    /// Whether a reader that asked for events from a time in the future does not want one that was stored then.
+    fn is_too_early(&self, stored: Timestamp) -> bool {
+        self.not_before.is_some_and(|time| stored < time)
     }
 
     /// Whether an event at one place has been handed over at another.

@@ -83,6 +83,8 @@ struct Repair {
     waiting: VecDeque<Hint>,
     waiting_bytes: usize,
     doubt: Option<Doubt>,
+    /// The event that it is for, if it is for one.
+    until: Option<u64>,
 }
 
 /// What a reader finds at its place.
@@ -237,6 +239,14 @@ impl Feed {
         self.state().log.proven()
     }
 
+    /// The last sequence that is known to have been stored: what is being read for at the moment counts.
+    pub(super) fn newest_sequence(&self) -> u64 {
+        let state = self.state();
+        let proven = state.log.proven();
+        let waiting = state.repair.as_ref().map_or(0, Repair::newest_sequence);
+        proven.max(waiting)
+    }
+
     /// When the last event was stored that was there or proven not to be: what came later was stored after this.
     pub(super) fn newest(&self) -> Option<Timestamp> {
         self.state().log.newest()
@@ -249,6 +259,19 @@ impl Feed {
     /// Ends it: its readers are to resume with another one, and whoever reads for it stops.
     pub(super) fn close(&self) {
         self.state().closed = true;
+        self.wake_readers();
+    }
+
+    /// Forgets events before `first`, which are gone, whether they are in the log or wait to be considered.
+    pub(super) fn forget_before(&self, first: u64) {
+        let mut state = self.state();
+        state.log.forget_before(first);
+        if let Some(repair) = &mut state.repair
+            && !repair.waiting.is_empty()
+        {
+            *repair = Repair { doubt: Some(Doubt::new("overflow")), until: repair.until, ..Repair::default() };
+        }
+        drop(state);
         self.wake_readers();
     }
 
@@ -281,7 +304,7 @@ impl Feed {
         position: u64,
         format: Format,
         bytes_max: usize,
-        skips: impl Fn(&Subject, u64) -> bool,
+        skips: impl Fn(&Subject, u64, Timestamp) -> bool,
     ) -> Take {
         let mut state = self.state();
         if state.closed {
@@ -335,7 +358,7 @@ impl Feed {
                 Some(repair) => repair.keep(hint, &hub.0.settings.feed),
                 None => {
                     if let Err(found) = self.consider(hub, &mut state, hint) {
-                        state.repair = Some(Repair::default());
+                        state.repair = Some(Repair::of(found));
                         doubt = Some(found);
                     }
                 }
@@ -474,6 +497,20 @@ impl Feed {
 }
 
 impl Repair {
+    fn newest_sequence(&self) -> u64 {
+        let waiting = self.waiting.iter().map(|hint| match hint {
+            Hint::Stored { event, .. } => event.sequence,
+            Hint::Lost => 0,
+        });
+        let doubt = self.doubt.and_then(|doubt| doubt.until);
+        waiting.chain(self.until).chain(doubt).max().unwrap_or(0)
+    }
+
+    /// That an event is to be read for.
+    fn of(doubt: Doubt) -> Repair {
+        Repair { until: doubt.until, ..Repair::default() }
+    }
+
     /// Keeps a hint for later. When there is no room, all of them are read instead.
     fn keep(&mut self, hint: Hint, limits: &crate::config::Feed) {
         self.waiting_bytes += bytes_of(&hint);

@@ -145,18 +145,28 @@ impl Log {
         }
     }
 
+    /// Forgets what has a sequence before `first`.
+    pub fn forget_before(&mut self, first: u64) {
+        while self.entries.front().is_some_and(|oldest| oldest.sequence < first) {
+            let oldest = self.entries.pop_front().expect("there is one");
+            self.bytes -= oldest.bytes;
+            self.base = oldest.sequence;
+        }
+    }
+
     /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
     pub fn read(
         &mut self,
         position: u64,
         (epoch, format): (Epoch, Format),
         bytes_max: usize,
-        skips: impl Fn(&Subject, u64) -> bool,
+        skips: impl Fn(&Subject, u64, Timestamp) -> bool,
     ) -> Passage {
         let next = self.after(position);
         let (mut blocks, mut bytes, mut reached, mut stored) = (vec![], 0, position, None);
         for entry in self.entries.range_mut(next..) {
-            if entry.has_expired() || entry.subject().is_some_and(|subject| skips(subject, entry.sequence)) {
+            let is_skipped = entry.event().is_some_and(|event| skips(&event.subject, event.sequence, event.time));
+            if entry.has_expired() || is_skipped {
                 reached = entry.sequence;
                 continue;
             }
@@ -192,15 +202,12 @@ impl Entry {
     }
 
     fn stored(&self) -> Option<Timestamp> {
-        match &self.content {
-            Content::Event { event, .. } => Some(event.time),
-            Content::Gap(_) => None,
-        }
+        self.event().map(|event| event.time)
     }
 
-    fn subject(&self) -> Option<&Subject> {
+    fn event(&self) -> Option<&Event> {
         match &self.content {
-            Content::Event { event, .. } => Some(&event.subject),
+            Content::Event { event, .. } => Some(event),
             Content::Gap(_) => None,
         }
     }

@@ -19,7 +19,13 @@ mod shelf;
 mod tests;
 mod whereabouts;
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::sync::Semaphore;
 
@@ -36,7 +42,7 @@ use self::{
 };
 use crate::{
     backoff::{Backoff, jittered},
-    broker::{Bounds, BrokerError, From, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
+    broker::{Bounds, BrokerError, From, Gone, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
     config,
     event::{Epoch, Event},
     metrics::Metrics,
@@ -53,6 +59,8 @@ mod sync {
     };
 }
 
+/// How often the stream is asked what it has let go of.
+const FORGET: Duration = Duration::from_secs(1);
 /// Exact filters that one audit request asks for together.
 const AUDIT_SUBJECTS_MAX: usize = 256;
 
@@ -69,6 +77,7 @@ struct Inner {
     /// The same for feeds, which readers wait for, so that neither stands in the other's line.
     repairs: Semaphore,
     pages: Pages,
+    removals: AtomicU64,
     metrics: Arc<Metrics>,
     tasks: Tasks,
 }
@@ -103,12 +112,14 @@ impl Hub {
             history: Semaphore::new(settings.history.concurrency),
             repairs: Semaphore::new(settings.history.concurrency),
             pages: Pages::new(settings.history.shared_pages),
+            removals: AtomicU64::new(0),
             settings,
             metrics,
             tasks: tasks.clone(),
         }));
         if !hub.0.settings.trusts_hints() {
             tasks.spawn(hub.clone().audit_forever());
+            tasks.spawn(hub.clone().forget_forever());
         }
         hub
     }
@@ -180,8 +191,9 @@ impl Hub {
             let flight = self.0.pages.flight(filter, after);
             let was_there = flight.initialized();
             let read = || async {
-                let read = Read { filter: filter.clone(), from: From::After(after), until: 0 };
-                Ok::<_, BrokerError>(Arc::new(SharedPage::new(self.read_history(read).await?)))
+                let (read_at, read) =
+                    (self.removals(), Read { filter: filter.clone(), from: From::After(after), until: 0 });
+                Ok::<_, BrokerError>(Arc::new(SharedPage::new(self.read_history(read).await?, read_at)))
             };
             let page = flight.get_or_try_init(read).await?.clone();
             if page.proven <= after || page.epoch != epoch {
@@ -211,6 +223,39 @@ impl Hub {
         metrics.history_reads.inc();
         metrics.history_events.inc_by(events.len() as u64);
         metrics.history_bytes.inc_by(events.iter().map(|event| event.payload.len() as u64).sum());
+    }
+
+    /// Forgets what the stream has let go of, so that what was purged or erased is not delivered from memory.
+    async fn forget_forever(self) {
+        let mut known: Option<Gone> = None;
+        loop {
+            if known.is_some() {
+                tokio::time::sleep(FORGET).await;
+            }
+            let gone = match self.0.broker.gone().await {
+                Ok(gone) => gone,
+                Err(_) => {
+                    tokio::time::sleep(FORGET).await;
+                    continue;
+                }
+            };
+            let before = known.replace(gone).unwrap_or(gone);
+            if gone == before {
+                continue;
+            }
+            // Those that are gone singly don't say which they are, and the oldest may have gone meanwhile.
+            let is_prefix = gone.singly == 0 && before.singly == 0;
+            self.0.removals.fetch_add(1, Ordering::AcqRel);
+            self.0.pages.clear();
+            for feed in self.0.feeds.all() {
+                feed.forget_before(if is_prefix { gone.first } else { u64::MAX });
+            }
+        }
+    }
+
+    /// How often something was removed from the stream: what was read before is not to be delivered any more.
+    fn removals(&self) -> u64 {
+        self.0.removals.load(Ordering::Acquire)
     }
 
     /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and

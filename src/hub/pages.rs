@@ -47,6 +47,8 @@ pub(super) struct SharedPage {
     pub first: u64,
     pub proven: u64,
     pub passages: Vec<Passage>,
+    /// How often something had been removed from the stream when it was read.
+    read_at: u64,
 }
 
 /// One event of a page.
@@ -91,6 +93,11 @@ impl Pages {
         self.recent().retain(|page| !Arc::ptr_eq(&page.flight, flight));
     }
 
+    /// Lets go of all pages: something that they hold may be gone.
+    pub fn clear(&self) {
+        self.recent().clear();
+    }
+
     /// Lets go of pages that nobody wants any more.
     pub fn tidy(&self) {
         Pages::let_go(&mut self.recent(), Instant::now());
@@ -106,10 +113,10 @@ impl Pages {
 }
 
 impl SharedPage {
-    pub fn new(page: Page) -> SharedPage {
+    pub fn new(page: Page, read_at: u64) -> SharedPage {
         let passage = |event| Passage { event, raw: OnceLock::new(), json: OnceLock::new() };
         let passages = page.events.into_iter().map(passage).collect();
-        SharedPage { epoch: page.epoch, first: page.first, proven: page.proven, passages }
+        SharedPage { epoch: page.epoch, first: page.first, proven: page.proven, passages, read_at }
     }
 }
 
@@ -137,6 +144,11 @@ impl Ahead {
 
     pub fn is_empty(&self) -> bool {
         self.page.is_none()
+    }
+
+    /// Whether something that it holds may have been removed from the stream since.
+    pub fn is_stale(&self, removals: u64) -> bool {
+        self.page.as_ref().is_some_and(|page| page.read_at < removals)
     }
 
     pub fn front(&self) -> Option<&Passage> {

@@ -90,6 +90,11 @@ pub(super) async fn subscribe(
     format: Format,
 ) -> Result<(Opening, Cursor), BrokerError> {
     let resumes = start.last_event_id.is_some();
+    // An EventSource that comes back with an id repeats its URL: what it asked for holds.
+    let not_before = match start.at {
+        StartAt::Time(time) if time > Timestamp::now() => Some(time),
+        _ => None,
+    };
     let found = match start.last_event_id {
         None => begin(hub, filters, start.at).await?,
         Some(text) => match text.parse() {
@@ -98,7 +103,7 @@ pub(super) async fn subscribe(
         },
     };
     let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.is_some());
-    let cursor = Cursor::new(hub.clone(), format, found);
+    let cursor = Cursor::new(hub.clone(), format, not_before, found);
     let opening = match gap {
         Some((requested, reason)) => Opening::Gap(hub.gap(&requested, &cursor.position(), reason)),
         None if is_snapshot => Opening::Snapshot,
@@ -136,17 +141,23 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
         for reader in readers {
             places.push(match from {
                 None => {
-                    let proven = reader.feed.proven();
-                    Place::new(reader, proven)
+                    let (proven, mut now) = (reader.feed.proven(), reader.feed.newest_sequence());
+                    if now > proven {
+                        // What hints promise is for the leader to confirm.
+                        let bounds = hub.0.broker.bounds().await?;
+                        now = now.min(bounds.last).max(proven);
+                    }
+                    Place::new(reader, now)
                 }
                 Some(from) => {
+                    let read_at = hub.removals();
                     let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
                     if page.epoch != epoch {
                         reader.retire();
                         continue 'again;
                     }
                     is_whole &= begins_within_what_is_kept(hub, from, &page).await?;
-                    begin_with(reader, page)
+                    begin_with(reader, page, read_at)
                 }
             });
         }
@@ -155,8 +166,31 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
             let now = places.iter().map(|place| place.position).max().unwrap_or(0);
             places.iter_mut().for_each(|place| place.position = now);
         }
+        if matches!(from, Some(From::Last(_))) {
+            begin_together_where_filters_overlap(&mut places);
+        }
         let gap = (!is_whole).then_some((requested, GapReason::Expired));
         return Ok(Found { gap, ..Found::at(epoch, places) });
+    }
+}
+
+/// An event that two filters match is handed over at one of their places, and taken as seen at the other if that stands past
+/// it. So those begin where the earlier of them does.
+fn begin_together_where_filters_overlap(places: &mut [Place]) {
+    loop {
+        let mut moved = false;
+        for number in 0..places.len() {
+            let filter = &places[number].reader.feed.filter;
+            let overlapping = places.iter().filter(|other| other.reader.feed.filter.overlaps(filter));
+            let earliest = overlapping.map(|other| other.position).min().unwrap_or(0);
+            let place = &mut places[number];
+            if earliest < place.position {
+                (place.position, place.ahead, moved) = (earliest, Ahead::default(), true);
+            }
+        }
+        if !moved {
+            return;
+        }
     }
 }
 
@@ -192,10 +226,10 @@ async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<Found, Bro
 }
 
 /// A place before the first event of the page that is read first.
-fn begin_with(reader: Reader, page: Page) -> Place {
+fn begin_with(reader: Reader, page: Page, read_at: u64) -> Place {
     // What expired while the page was read may leave holes below the oldest kept: begin there.
     let (first, proven) = (page.first, page.proven);
-    let ahead = Ahead::after(Arc::new(SharedPage::new(page)), first.saturating_sub(1));
+    let ahead = Ahead::after(Arc::new(SharedPage::new(page, read_at)), first.saturating_sub(1));
     let position = match ahead.front() {
         Some(passage) => passage.event.sequence - 1,
         None => proven.max(first - 1),
@@ -281,12 +315,13 @@ async fn rewound(
     let mut found = vec![];
     for place in places {
         let reader = place.reader;
+        let read_at = hub.removals();
         let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
         if page.epoch != epoch {
             reader.retire();
             return Ok(None);
         }
-        found.push(begin_with(reader, page));
+        found.push(begin_with(reader, page, read_at));
     }
     let gap = (position.to_string(), GapReason::Rewound);
     Ok(Some(Found { gap: Some(gap), ..Found::at(epoch, found) }))

@@ -56,6 +56,8 @@ pub(super) struct Info {
     pub bounds: Bounds,
     pub created: Timestamp,
     pub config: Value,
+    /// How many messages after the first are gone.
+    pub gone_singly: u64,
     /// No replica can take itself for the leader but the one that said this.
     is_undisputed: bool,
 }
@@ -75,7 +77,7 @@ impl Info {
     pub fn made_at(created: &str) -> Info {
         let state = json!({ "messages": 0, "first_seq": 0, "last_seq": 0 });
         let (bounds, created) = bounds(json!({ "created": created, "state": state })).unwrap();
-        Info { bounds, created, config: json!({}), is_undisputed: true }
+        Info { bounds, created, config: json!({}), gone_singly: 0, is_undisputed: true }
     }
 }
 
@@ -430,10 +432,14 @@ async fn ask_for_info(api: &Api, stream: &str) -> Result<Info, RequestError> {
     let mut answer = api.ask_within(limit, &format!("$JS.API.STREAM.INFO.{stream}"), &Value::Null).await?;
     let config = answer["config"].take();
     let standing = standing(&answer["cluster"]["replicas"]);
+    let messages = answer["state"]["messages"].as_u64().unwrap_or_default();
     let (bounds, created) = bounds(answer)?;
     match standing {
         Standing::Deposed => Err(RequestError::Deposed),
-        standing => Ok(Info { bounds, created, config, is_undisputed: standing == Standing::Undisputed }),
+        standing => {
+            let gone_singly = (bounds.last + 1).saturating_sub(bounds.first).saturating_sub(messages);
+            Ok(Info { bounds, created, config, gone_singly, is_undisputed: standing == Standing::Undisputed })
+        }
     }
 }
 

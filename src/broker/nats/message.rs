@@ -21,6 +21,8 @@ use crate::{
 pub(super) const TYPE: &str = "Tidegate-Type";
 /// How long the message is to be kept (ADR-43): whole seconds, or a duration such as `10m`.
 pub(super) const TTL: &str = "Nats-TTL";
+/// Why a server has put a marker in the place of a subject's last message.
+const MARKER: &str = "Nats-Marker-Reason";
 /// JetStream stores one message of each id, within its window.
 pub(super) const MESSAGE_ID: &str = "Nats-Msg-Id";
 
@@ -60,7 +62,7 @@ impl<'m> Delivered<'m> {
             sequence: self.number("Nats-Sequence")?,
             subject: Subject::stored(subject.strip_prefix(prefix)?),
             time,
-            expires: expiry(time, self.publisher.first(TTL)),
+            expires: gone_at(time, &self.publisher),
             kind: kind(self.publisher.first(TYPE)),
             // Not a slice of what was read from the socket: a quiet feed keeps its last events for long, and would keep
             // whatever else came in the same read.
@@ -114,6 +116,15 @@ fn kind(text: Option<&str>) -> Option<EventType> {
     EventType::parse(text?).ok()
 }
 
+/// When a message is gone. A marker, which a server puts in the place of a subject's last message when that is (ADR-43),
+/// tells nobody anything: it is gone when it comes.
+fn gone_at(time: Timestamp, headers: &Headers) -> Option<Timestamp> {
+    match headers.first(MARKER) {
+        Some(_) => Some(time),
+        None => expiry(time, headers.first(TTL)),
+    }
+}
+
 /// When a message is gone. Forms of a TTL that are not understood here are the server's alone to heed.
 fn expiry(time: Timestamp, ttl: Option<&str>) -> Option<Timestamp> {
     let ttl = ttl?;
@@ -142,10 +153,15 @@ impl Stored {
             sequence: self.sequence,
             subject: Subject::stored(self.subject.strip_prefix(prefix)?),
             time,
-            expires: expiry(time, headers.first(TTL)),
+            expires: gone_at(time, &headers),
             kind: kind(headers.first(TYPE)),
             payload: STANDARD.decode(&self.data).ok()?.into(),
         })
+    }
+
+    /// Whether it stands for a message that is gone.
+    pub fn is_marker(&self) -> bool {
+        Headers::new(&self.headers()).first(MARKER).is_some()
     }
 
     pub fn message_id(&self) -> Option<String> {

@@ -50,8 +50,8 @@ use self::{
     publish::Publisher, requirements::Requirements, supervise::Kept,
 };
 use super::{
-    Acknowledgement, Bounds, Broker, BrokerError, ConnectionState, Health, Hints, LastKnown, Link, Page, Publication,
-    Publish, PublishError, Read, SnapshotPage, SnapshotRead,
+    Acknowledgement, Bounds, Broker, BrokerError, ConnectionState, Gone, Health, Hints, LastKnown, Link, Page,
+    Publication, Publish, PublishError, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
     config, nats,
@@ -274,6 +274,11 @@ impl Broker for Nats {
         Ok(self.leader.info().await?.bounds)
     }
 
+    async fn gone(&self) -> Result<Gone, BrokerError> {
+        let info = self.leader.info().await?;
+        Ok(Gone { first: info.bounds.first, singly: info.gone_singly })
+    }
+
     fn doubts(&self) -> watch::Receiver<u64> {
         self.leader.known().doubts.subscribe()
     }
@@ -281,7 +286,7 @@ impl Broker for Nats {
     fn health(&self) -> Health {
         let troubled = |connection: ConnectionState| Some((connection.name, connection.trouble?));
         if let Some((name, trouble)) = self.connections().into_iter().find_map(troubled) {
-            return Health::Away(format!("no connection to NATS for {name}: {trouble}"));
+            return Health::Away(format!("not connected to NATS for {name}: {trouble}"));
         }
         let (known, name) = (self.leader.known(), &self.settings.stream.name);
         match (known.trouble(), known.mismatch()) {

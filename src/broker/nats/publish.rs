@@ -51,14 +51,35 @@ impl Publish for Publisher {
     ///
     /// What is large, or seldom needed, is boxed: of more than a kilobyte glibc takes ten times as long to find a place.
     async fn publish(&self, publication: Publication) -> Result<Acknowledgement, PublishError> {
-        // Not connected: async-nats would keep the event and send it after we have said that it was not stored.
-        let requests = self.api.current().filter(|requests| requests.is_connected());
-        let requests = requests.ok_or(PublishError::Unavailable)?;
         let after = match publication.condition {
             None => None,
             Some(Condition::NoneYet) => Some(0),
             Some(Condition::LastIs(id)) => Some(Box::pin(self.sequence_of(id)).await?),
         };
+        if publication.condition != Some(Condition::NoneYet) {
+            return self.send(publication, after).await;
+        }
+        let (publisher, again) = (self.clone(), publication.clone());
+        let acknowledged = self.send(publication, after).await?;
+        Ok(Box::pin(async move {
+            match acknowledged.await {
+                // What expired by its own time may have left a marker, which is the subject's last message and no event.
+                Err(PublishError::ConditionFailed) => match publisher.marker(&again.subject).await {
+                    Some(marker) => publisher.send(again, Some(marker)).await?.await,
+                    None => Err(PublishError::ConditionFailed),
+                },
+                outcome => outcome,
+            }
+        }))
+    }
+}
+
+impl Publisher {
+    /// Hands an event over, to be stored if `after` is the sequence of its subject's last message.
+    async fn send(&self, publication: Publication, after: Option<u64>) -> Result<Acknowledgement, PublishError> {
+        // Not connected: async-nats would keep the event and send it after we have said that it was not stored.
+        let requests = self.api.current().filter(|requests| requests.is_connected());
+        let requests = requests.ok_or(PublishError::Unavailable)?;
         let subject = [&self.prefix, publication.subject.as_str()].concat();
         let message_id = message_id(&publication.subject, publication.key.as_deref());
 
@@ -137,6 +158,13 @@ impl Publish for Publisher {
 }
 
 impl Publisher {
+    /// The sequence of the subject's last message, if that only marks where one was.
+    async fn marker(&self, subject: &Subject) -> Option<u64> {
+        let subject = [&self.prefix, subject.as_str()].concat();
+        let last = self.leader.get(serde_json::json!({ "last_by_subj": subject })).await.ok()??;
+        last.is_marker().then_some(last.sequence)
+    }
+
     /// The sequence of `id`, if it is of this incarnation of the stream; else no event of ours can be the last.
     async fn sequence_of(&self, id: EventId) -> Result<u64, PublishError> {
         if !id.epoch.is_named(self.leader.epoch()) {

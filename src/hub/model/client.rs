@@ -101,13 +101,34 @@ impl Client {
             let owed = kept().filter(|event| event.sequence > position.of(Tag::of(filter))).count();
             match &at {
                 StartAt::First => assert_eq!(owed, kept().count(), "not from the first"),
-                StartAt::Last(count) => assert_eq!(owed, kept().count().min(*count as usize), "not the last {count}"),
+                StartAt::Last(count) => {
+                    let first = self.first_of_last(stream, filter, *count as usize);
+                    assert_eq!(owed, kept().filter(|event| event.sequence >= first).count(), "not the last {count}");
+                }
                 StartAt::Time(time) => {
                     assert_eq!(owed, kept().filter(|event| event.time >= *time).count(), "not from {time}");
                 }
                 StartAt::Now | StartAt::After(_) | StartAt::Snapshot => {}
             }
         }
+    }
+
+    /// With which event a filter begins that is to begin with its last so many: filters that overlap, directly or by way of
+    /// others, begin together, with the earliest.
+    fn first_of_last(&self, stream: &Stream, filter: &Filter, count: usize) -> u64 {
+        let mut together = vec![filter];
+        while let Some(more) = self
+            .filters
+            .iter()
+            .find(|other| !together.contains(other) && together.iter().any(|filter| filter.overlaps(other)))
+        {
+            together.push(more);
+        }
+        let first = |filter: &Filter| {
+            let kept = stream.kept(stream.last()).filter(|event| filter.matches(&event.subject));
+            kept.rev().take(count).last().map_or(u64::MAX, |event| event.sequence)
+        };
+        together.into_iter().map(first).min().expect("there is at least the filter itself")
     }
 
     /// Who was told no id yet, has nothing to come back with.
