@@ -2,12 +2,16 @@
 //! supervisor), or the process ends.
 
 use std::{
-    panic::PanicHookInfo,
+    panic::{AssertUnwindSafe, PanicHookInfo},
     sync::{
         Once,
         atomic::{AtomicU64, Ordering},
     },
 };
+
+use futures_util::FutureExt;
+
+use crate::backoff::Backoff;
 
 static PANICS: AtomicU64 = AtomicU64::new(0);
 
@@ -22,6 +26,15 @@ pub fn watch() {
             otherwise(panic);
         }));
     });
+}
+
+/// Runs a task that a part of this process depends on, and begins it anew when it panics. `begin` must not rely on anything
+/// that the task may have left half-done.
+pub async fn restarted<F: Future<Output = ()>>(mut begin: impl FnMut() -> F) {
+    let mut backoff = Backoff::default();
+    while AssertUnwindSafe(begin()).catch_unwind().await.is_err() {
+        backoff.wait().await;
+    }
 }
 
 /// How many there have been since they are counted.
@@ -42,6 +55,21 @@ fn why<'p>(panic: &'p PanicHookInfo) -> &'p str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_panics_is_begun_anew() {
+        let mut tries = 0;
+        let begin = || {
+            tries += 1;
+            let panics = tries < 4;
+            async move {
+                tokio::task::yield_now().await;
+                assert!(!panics, "a test wants it");
+            }
+        };
+        restarted(begin).await;
+        assert_eq!(tries, 4);
+    }
 
     #[test]
     fn a_panic_in_any_thread_is_counted() {

@@ -24,7 +24,8 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     task::Waker,
     time::Duration,
 };
@@ -157,7 +158,8 @@ impl Reader {
         // Only now: hints are held against the epoch.
         if let Some(hints) = begun {
             let tasks = &self.hub.0.tasks;
-            let ear = tasks.spawn_ending(listen(Arc::downgrade(&self.feed), self.hub.clone(), hints));
+            let listening = listen(Arc::downgrade(&self.feed), self.hub.clone(), hints);
+            let ear = tasks.spawn_ending(self.feed.retired_by_panic(&self.hub, listening));
             let _ = self.feed.ear.set(ear);
             tasks.spawn(check_later(Arc::downgrade(&self.feed), self.hub.clone()));
         }
@@ -344,7 +346,25 @@ impl Feed {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no panic happens while a feed is held")
+        // What a panic leaves behind goes with the feed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A task of the feed's own. If it panics, the feed ends, and its readers resume with another.
+    fn retired_by_panic<T: Future<Output = ()>>(
+        self: &Arc<Feed>,
+        hub: &Hub,
+        task: T,
+    ) -> impl Future<Output = ()> + use<T> {
+        let (feed, hub) = (Arc::downgrade(self), hub.clone());
+        async move {
+            if AssertUnwindSafe(task).catch_unwind().await.is_err()
+                && let Some(feed) = feed.upgrade()
+            {
+                feed.close();
+                hub.forget(&feed, |_| false);
+            }
+        }
     }
 
     /// Takes hints over as far as they are proven, and has the rest read.
@@ -402,7 +422,10 @@ impl Feed {
 
     fn begin_repair(self: &Arc<Feed>, hub: &Hub, mut doubt: Doubt) {
         let (feed, hub) = (self.clone(), hub.clone());
-        hub.0.tasks.clone().spawn(async move {
+        let tasks = hub.0.tasks.clone();
+        let repairing = hub.clone();
+        let repair = async move {
+            let (feed, hub) = (feed, repairing);
             loop {
                 hub.0.metrics.doubts.with_label_values(&[doubt.cause]).inc();
                 feed.repair(&hub, doubt.until).await;
@@ -411,7 +434,8 @@ impl Feed {
                     None => return,
                 }
             }
-        });
+        };
+        tasks.spawn(self.retired_by_panic(&hub, repair));
     }
 
     /// Reads from the proven position up to `until`, or until nothing is left. The answer to every doubt.

@@ -46,6 +46,7 @@ use crate::{
     config,
     event::{Epoch, Event},
     metrics::Metrics,
+    panics,
     shutdown::Tasks,
     sse::Format,
     subject::Filter,
@@ -118,8 +119,9 @@ impl Hub {
             tasks: tasks.clone(),
         }));
         if !hub.0.settings.trusts_hints() {
-            tasks.spawn(hub.clone().audit_forever());
-            tasks.spawn(hub.clone().forget_forever());
+            let (audited, forgetting) = (hub.clone(), hub.clone());
+            tasks.spawn(panics::restarted(move || audited.clone().audit_forever()));
+            tasks.spawn(panics::restarted(move || forgetting.clone().forget_forever()));
         }
         hub
     }

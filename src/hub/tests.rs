@@ -37,6 +37,8 @@ struct Faulty {
     reads_fail: AtomicBool,
     /// So many reads, and no more, are answered without saying what follows.
     vague_reads: AtomicU64,
+    /// So many reads, and no more, panic.
+    panicking_reads: AtomicU64,
     /// No hint arrives on what is subscribed from now on.
     is_deaf: AtomicBool,
 }
@@ -49,6 +51,7 @@ impl Faulty {
             seed: AtomicU64::new(seed),
             reads_fail: AtomicBool::new(false),
             vague_reads: AtomicU64::new(0),
+            panicking_reads: AtomicU64::new(0),
             is_deaf: AtomicBool::new(false),
         })
     }
@@ -121,6 +124,10 @@ impl Broker for Faulty {
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
         if self.reads_fail.load(Ordering::Relaxed) {
             return Err(BrokerError::Unavailable("on purpose".into()));
+        }
+        if let panicking @ 1.. = self.panicking_reads.load(Ordering::Relaxed) {
+            self.panicking_reads.store(panicking - 1, Ordering::Relaxed);
+            panic!("a test wants it");
         }
         // Something else gets to run while a read is under way.
         tokio::task::yield_now().await;
@@ -242,6 +249,27 @@ async fn scenario(seed: u64, trusts_hints: bool) -> Vec<(&'static str, Vec<u64>,
     }
     hub.0.tasks.end().await;
     results
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_feed_whose_task_panics_is_replaced_and_its_readers_miss_nothing() {
+    let broker = Faulty::new(1);
+    broker.is_deaf.store(true, Ordering::Relaxed);
+    let hub = hub(&broker, |_| {});
+    let mut readers =
+        [subscribe(&hub, ">", from(StartAt::Now)).await.1, subscribe(&hub, "a.*", from(StartAt::Now)).await.1];
+
+    // Nothing tells of these but the audit, which has both feeds read for.
+    broker.panicking_reads.store(2, Ordering::Relaxed);
+    for _ in 0..3 {
+        broker.publish("a.0").await;
+    }
+
+    for reader in &mut readers {
+        assert_eq!(take(reader, 3).await, [1, 2, 3]);
+    }
+    assert_eq!(broker.panicking_reads.load(Ordering::Relaxed), 0);
+    hub.0.tasks.end().await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -54,7 +54,7 @@ use super::{
     Publication, Publish, PublishError, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
-    config, nats,
+    config, nats, panics,
     subject::{Filter, Subject},
 };
 
@@ -109,7 +109,11 @@ impl Nats {
         let live = Live::connect(&connector, settings, leader.known().clone()).await?;
 
         let requirements = Requirements::new(names.clone(), event_bytes);
-        let monitor = monitor::watch(leader.clone(), requirements, live.router());
+        let monitored = (leader.clone(), Arc::new(requirements), live.router());
+        let monitor = panics::restarted(move || {
+            let (leader, requirements, router) = monitored.clone();
+            monitor::watch(leader, requirements, router)
+        });
         let monitor = tokio::spawn(monitor).abort_handle();
         Ok(Nats {
             history: History {

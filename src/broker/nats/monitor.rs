@@ -16,7 +16,7 @@ const SECOND_DOUBT: Duration = Duration::from_millis(500);
 const ASK: Duration = Duration::from_secs(5);
 
 /// Moves the doubts and settles the router's questions for as long as it runs.
-pub(super) async fn watch(leader: Leader, requirements: Requirements, router: Arc<Router>) {
+pub(super) async fn watch(leader: Leader, requirements: Arc<Requirements>, router: Arc<Router>) {
     let mut questions = router.questions();
     let mut ask = tokio::time::interval(ASK);
     ask.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -32,6 +32,7 @@ use super::{
 use crate::{
     backoff::Backoff,
     nats::{self, Client, Message},
+    panics,
 };
 
 /// How often a connection is looked at.
@@ -191,7 +192,12 @@ pub(super) async fn keep(
     handler: Arc<impl Handler>,
 ) -> Result<Kept, StartError> {
     let status = Status::new(connection);
-    let task = tokio::spawn(keep_driven(client.clone(), status.clone(), handler, connector.timeout));
+    let driven = (client.clone(), status.clone(), handler);
+    let timeout = connector.timeout;
+    let task = tokio::spawn(panics::restarted(move || {
+        let (client, status, handler) = driven.clone();
+        keep_driven(client, status, handler, timeout)
+    }));
     let kept = Kept { status, client: Some(client), task: task.abort_handle() };
     let mut made = kept.status.made.subscribe();
     let limit = connector.timeout + HUNG;
