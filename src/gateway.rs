@@ -1,6 +1,7 @@
 //! Puts a gateway together, and takes it apart in order. Two of them can live in one process.
 
 use std::{
+    convert::Infallible,
     io,
     net::{SocketAddr, TcpListener},
     sync::Arc,
@@ -227,6 +228,11 @@ impl Gateway {
         self.auth.describe()
     }
 
+    /// Resolves if the HTTP servers end though nobody told them to: what is left is no gateway.
+    pub async fn failed(&mut self) {
+        let Err(_ended) = (&mut self.servers.ended).await;
+    }
+
     /// Says that it is not ready and waits for `drain.notice`. Then takes no more connections (so that a proxy tries the
     /// next node), ends every stream at its own moment, finishes publishes, and ends everything else; within
     /// `drain.limit`.
@@ -251,6 +257,8 @@ impl Gateway {
 struct Servers {
     public: ServerHandle,
     admin: ServerHandle,
+    /// Resolves once their thread has ended, whatever the reason.
+    ended: oneshot::Receiver<Infallible>,
 }
 
 impl Servers {
@@ -260,7 +268,9 @@ impl Servers {
         (admin, admin_connections): (TcpListener, usize),
     ) -> Result<Servers, StartError> {
         let (started, starting) = oneshot::channel();
+        let (running, ended) = oneshot::channel();
         let serve = move || {
+            let _running = running;
             actix_web::rt::System::new().block_on(async move {
                 let servers = http::serve_admin(app.clone(), admin, admin_connections)
                     .and_then(|admin| Ok((http::serve_public(app, public)?, admin)));
@@ -268,14 +278,16 @@ impl Servers {
                     Err(error) => drop(started.send(Err(error))),
                     Ok((public, admin)) => {
                         // If nobody waits any more, nobody stops them either: the process is ending.
-                        let _ = started.send(Ok(Servers { public: public.handle(), admin: admin.handle() }));
+                        let _ = started.send(Ok((public.handle(), admin.handle())));
                         let _ = tokio::join!(public, admin);
                     }
                 }
             });
         };
         std::thread::Builder::new().name("http".into()).spawn(serve).map_err(StartError::Server)?;
-        starting.await.unwrap_or_else(|_| Err(io::Error::other("its thread ended"))).map_err(StartError::Server)
+        let handles = starting.await.unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
+        let (public, admin) = handles.map_err(StartError::Server)?;
+        Ok(Servers { public, admin, ended })
     }
 }
 

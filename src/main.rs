@@ -26,6 +26,7 @@ enum Exit {
     Usage = 64,
     NoInput = 66,
     Unavailable = 69,
+    Software = 70,
     System = 71,
     Unfit = 76,
     NoPermission = 77,
@@ -49,6 +50,7 @@ Exit codes:
    64  the command line is wrong
    66  a file that the settings name can't be read, or the file of settings itself
    69  NATS can't be reached, or has no JetStream
+   70  a part that can't be made anew has ended: a defect
    71  an address is taken, or this machine has no more threads
    76  the NATS server or the stream does not fit
    77  NATS does not let the user in, or not do what is needed
@@ -209,11 +211,18 @@ async fn run(config: Config, reloading: Reloading) -> Result<ExitCode, Failure> 
     let mut signals = Signals::new();
     // Of what can't be used, the error says enough.
     let advice = advice(&config, &reloading.began_with);
-    let gateway = Gateway::start(config).await?;
+    let mut gateway = Gateway::start(config).await?;
     advice.iter().for_each(|advice| tracing::warn!("{advice}"));
     greet(&gateway)?;
-    while let Told::Reload = signals.next().await {
-        reloading.reload(&gateway).await;
+    loop {
+        // Cancellation: neither takes anything before it is ready.
+        tokio::select! {
+            told = signals.next() => match told {
+                Told::Reload => reloading.reload(&gateway).await,
+                Told::End => break,
+            },
+            () = gateway.failed() => return Err(Failure(Exit::Software, "the HTTP servers have ended".into())),
+        }
     }
     tracing::info!("draining");
     tokio::select! {

@@ -121,6 +121,32 @@ fn permissions_that_were_narrowed_and_given_back_heal() {
     }
 }
 
+#[test]
+fn a_server_that_takes_less_than_before_refuses_what_is_larger() {
+    let server = NatsServer::start();
+    let gateway = on(&server).with("nats.publish_timeout", "2s").start();
+    let mut stream = gateway.stream("/events/demo");
+    let large = || Request::post("/events/demo").body("x".repeat(500_000));
+    assert_eq!(gateway.ask(large()).status, 201);
+
+    server.reconfigure("max_payload: 200000");
+    let deadline = Instant::now() + 2 * PATIENCE;
+    loop {
+        // It may be stored as long as the server has not read its configuration.
+        let answer = gateway.ask(large());
+        if answer.status != 201 {
+            assert_eq!(answer.json()["code"], "broker_refused", "{answer:?}");
+            break;
+        }
+        assert!(Instant::now() < deadline, "it is never refused");
+    }
+
+    wait_for_readiness(&gateway, |text| text == "ready\n");
+    gateway.publish("demo", "small");
+    while stream.next().data != "small" {}
+    assert_eq!(gateway.ask(large()).json()["code"], "broker_refused");
+}
+
 fn on(server: &NatsServer) -> Launch {
     Launch::new().flag("--nats", &format!("nats://{}", server.address()))
 }

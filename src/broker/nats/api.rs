@@ -3,7 +3,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_nats::{Client, HeaderMap, StatusCode, connection::State};
@@ -124,17 +124,32 @@ impl Requests {
 #[derive(Clone)]
 pub(super) struct Api {
     current: Arc<Mutex<Option<Arc<Requests>>>>,
+    /// When a server has closed the connection last because a message was too large.
+    too_large: Arc<Mutex<Option<Instant>>>,
     pub timeout: Duration,
 }
 
 impl Api {
     pub fn new(requests: Requests, timeout: Duration) -> Api {
-        Api { current: Arc::new(Mutex::new(Some(Arc::new(requests)))), timeout }
+        Api { current: Arc::new(Mutex::new(Some(Arc::new(requests)))), too_large: Arc::default(), timeout }
     }
 
     /// The connection, if there is one.
     pub fn current(&self) -> Option<Arc<Requests>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes note that a server has closed the connection because a message was too large.
+    pub fn saw_too_large(&self) {
+        *self.too_large.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// How much the server takes, if a message of so many bytes that was sent then is likely to have been too large: its
+    /// limit may be lowered while it runs, and the client learns of it only with the next connection.
+    pub fn limit_below(&self, bytes: usize, sent: Instant) -> Option<usize> {
+        let at = (*self.too_large.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let limit = self.current()?.client.max_payload();
+        (at >= sent && bytes > limit).then_some(limit)
     }
 
     pub fn replace(&self, requests: Option<Arc<Requests>>) {

@@ -1,7 +1,9 @@
 //! Publishing into the stream, and what its answer means. An outcome is called certain only when it is.
 
+use std::time::Instant;
+
 use async_nats::{
-    HeaderMap, StatusCode,
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
     client::PublishErrorKind,
     header::{NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, NATS_EXPECTED_STREAM, NATS_MESSAGE_ID, NATS_MESSAGE_TTL},
 };
@@ -96,6 +98,8 @@ impl Publisher {
             headers.insert(NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, sequence.to_string());
         }
 
+        let bytes = publication.payload.len() + bytes_of(&headers);
+        let (api, sent_at) = (self.api.clone(), Instant::now());
         let sending = self.leader.sending();
         let mut reply = requests.expect();
         let (to, reply_to) = (subject.clone(), reply.subject.clone());
@@ -130,7 +134,15 @@ impl Publisher {
         Ok(Box::pin(async move {
             // The connection may have broken with the event in async-nats' queue, which is sent on the next connection:
             // a time-out says nothing of the outcome.
-            let message = reply.within(timeout).await.ok_or(PublishError::OutcomeUnknown)?;
+            let Some(message) = reply.within(timeout).await else {
+                return Err(match api.limit_below(bytes, sent_at) {
+                    Some(limit) => {
+                        let why = format!("it has {bytes} bytes with its headers, and the server takes {limit}");
+                        PublishError::Refused(why)
+                    }
+                    None => PublishError::OutcomeUnknown,
+                });
+            };
             if message.status == Some(StatusCode::NO_RESPONDERS) {
                 return Err(PublishError::Unavailable);
             }
@@ -217,6 +229,13 @@ impl Keyed {
         let epoch = self.leader.answered(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
         Ok(Published { id: EventId { epoch, sequence }, duplicate: true })
     }
+}
+
+/// What headers take on the wire.
+fn bytes_of(headers: &HeaderMap) -> usize {
+    let lines = headers.iter().flat_map(|(name, values)| values.iter().map(move |value| (name, value)));
+    let line = |(name, value): (&HeaderName, &HeaderValue)| AsRef::<str>::as_ref(name).len() + value.as_str().len() + 4;
+    "NATS/1.0\r\n\r\n".len() + lines.map(line).sum::<usize>()
 }
 
 /// JetStream removes duplicates across the whole stream; a key is meant for one subject. Hashed, because keys may hold

@@ -322,7 +322,7 @@ async fn watch_requests(
     loop {
         let began = Instant::now();
         if let Some(requests) = api.current() {
-            let why = fails(&requests, &mut events, &status).await;
+            let why = fails(&api, &requests, &mut events, &status).await;
             tracing::error!(connection = status.connection, why, "a connection to NATS is replaced");
             status.set(Some(why));
             api.replace(None);
@@ -368,7 +368,7 @@ async fn reopen(
 }
 
 /// Resolves to why the connection can't be used any more. (One that async-nats makes again by itself can.)
-async fn fails(requests: &Requests, events: &mut mpsc::Receiver<Event>, status: &Status) -> String {
+async fn fails(api: &Api, requests: &Requests, events: &mut mpsc::Receiver<Event>, status: &Status) -> String {
     let mut look = tokio::time::interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut was_connected = true;
@@ -378,6 +378,9 @@ async fn fails(requests: &Requests, events: &mut mpsc::Receiver<Event>, status: 
                 None => return "its task has ended".into(),
                 Some(event) => if let Some(complaint) = complaint(event) {
                     status.complain(&complaint);
+                    if complaint.to_ascii_lowercase().contains("maximum payload") {
+                        api.saw_too_large();
+                    }
                     if is_refused_subscription(&complaint) {
                         return complaint;
                     }
