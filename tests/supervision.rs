@@ -122,6 +122,27 @@ fn permissions_that_were_narrowed_and_given_back_heal() {
 }
 
 #[test]
+fn a_user_that_is_revoked_and_given_back_heals() {
+    let users = |password: &str| format!("authorization {{ user: gate, password: {password} }}");
+    let server = NatsServer::with(&users("way"));
+    let url = format!("nats://gate:way@{}", server.address());
+    let gateway = Launch::new().flag("--nats", &url).with("nats.away_after", "0s").start();
+    let mut stream = gateway.stream("/events/demo");
+    gateway.publish("demo", "before");
+    assert_eq!(stream.data(1), ["before"]);
+
+    server.reconfigure(&users("other"));
+    wait_for_readiness(&gateway, |text| text.contains("not connected to NATS for live: it closed the connection"));
+    gateway.wait_for_metric("tidegate_broker_up", 0.0);
+    assert_eq!(gateway.ask(Request::post("/events/demo").body("x")).status, 503);
+    server.reconfigure(&users("way"));
+    wait_for_readiness(&gateway, |text| text == "ready\n");
+
+    gateway.publish("demo", "after");
+    assert_eq!(stream.data(1), ["after"]);
+}
+
+#[test]
 fn a_server_that_takes_less_than_before_refuses_what_is_larger() {
     let server = NatsServer::start();
     let gateway = on(&server).with("nats.publish_timeout", "2s").start();

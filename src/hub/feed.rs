@@ -15,8 +15,9 @@
 //! ([`Take::Behind`]). Nobody waits for it.
 //!
 //! # Closing
-//! A feed whose stream turns out to have been made again is closed: its sequences mean nothing any more. Its readers
-//! find [`Take::Closed`] and resume with their last id, as a client would that reconnects.
+//! A feed whose stream turns out to have been made again, or to have lost its end and to count anew, is closed: its
+//! sequences mean nothing any more. Its readers find [`Take::Closed`] and resume with their last id, as a client would that
+//! reconnects. So is one of whose tasks panics.
 //!
 //! # At rest
 //! There are as many feeds as distinct filters, so one that has nothing to do is small: its log, and a task that waits
