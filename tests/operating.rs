@@ -546,7 +546,7 @@ fn a_short_absence_of_nats_takes_no_node_out() {
     let launch = || Launch::new().flag("--nats", &format!("nats://{}", server.address()));
     let (patient, strict) = (launch().start(), launch().with("nats.away_after", "0s").start());
     server.kill();
-    wait_until(|| strict.ask_admin("/health/ready").text().starts_with("broker: no connection to NATS for "));
+    wait_until(|| strict.ask_admin("/health/ready").text().starts_with("broker: not connected to NATS for "));
     assert_eq!(patient.ask_admin("/health/ready").status, 200);
     server.resume();
     wait_until(|| strict.ask_admin("/health/ready").status == 200);
