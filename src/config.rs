@@ -177,8 +177,12 @@ pub struct Limits {
     pub connections: usize,
     #[serde(deserialize_with = "positive")]
     pub backlog: usize,
+    #[serde(deserialize_with = "positive")]
+    pub batches: usize,
     // What one address or principal may have. 0 is without limit.
     pub address_connections: usize,
+    pub address_batches: usize,
+    pub principal_batches: usize,
     pub address_streams: usize,
     pub principal_streams: usize,
     pub address_attempts: u32,
@@ -189,6 +193,13 @@ pub struct Limits {
     pub publish_bytes_burst: u32,
     #[serde(deserialize_with = "positive")]
     pub tracked: usize,
+}
+
+impl Limits {
+    /// How many connections beyond `connections` may wait for room, or to be refused.
+    pub fn waiting_connections(&self) -> usize {
+        (self.connections / 8).clamp(8, 512)
+    }
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -3,10 +3,12 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::config::Config;
+use crate::config::{Config, Limits};
 
-/// Files besides connections: the broker's, listeners, what the runtime and the threads poll with.
+/// Files besides connections: the broker's, listeners, what the runtime and the threads poll with; and the first few
+/// connections that wait.
 const OWN: u64 = 64;
+const FIRST_FEW: usize = 32;
 
 /// Why limits were lowered, in words for the operator.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -35,8 +37,12 @@ pub fn provide(config: &mut Config) -> Option<TooFew> {
 }
 
 fn needed_for(Config { limits, admin, .. }: &Config) -> u64 {
-    let connections = [limits.streams, limits.connections, admin.connections];
+    let connections = [limits.streams, limits.connections, waiting(limits), admin.connections];
     connections.iter().fold(OWN, |needed, more| needed.saturating_add(*more as u64))
+}
+
+fn waiting(limits: &Limits) -> usize {
+    limits.waiting_connections().saturating_sub(FIRST_FEW)
 }
 
 /// Streams are what a gateway is for: operators get a sixteenth at most, other connections a quarter of the rest.
@@ -50,7 +56,8 @@ fn lower(config: &mut Config, hard: u64) -> Option<TooFew> {
     admin.connections = admin.connections.min((room / 16).max(1));
     let room = room - room.min(admin.connections);
     limits.connections = limits.connections.min((room / 4).max(1));
-    limits.streams = limits.streams.min((room - room.min(limits.connections)).max(1));
+    let others = limits.connections + waiting(limits);
+    limits.streams = limits.streams.min(room.saturating_sub(others).max(1));
     Some(TooFew { hard, needed, streams: limits.streams, connections: limits.connections })
 }
 
@@ -62,12 +69,12 @@ mod tests {
     #[test]
     fn limits_are_lowered_only_as_far_as_they_must() {
         for (hard, streams, connections) in
-            [(100_000, 10_000, 4096), (14_192, 10_000, 4096), (1024, 696, 232), (64, 1, 1), (0, 1, 1)]
+            [(100_000, 10_000, 4096), (14_672, 10_000, 4096), (1024, 696, 232), (64, 1, 1), (0, 1, 1)]
         {
             let mut config = Config::load(None, vec![]).unwrap();
             let lowered = lower(&mut config, hard);
             assert_eq!((config.limits.streams, config.limits.connections), (streams, connections), "{hard}");
-            assert_eq!(lowered.is_some(), hard < 14_192, "{hard}");
+            assert_eq!(lowered.is_some(), hard < 14_672, "{hard}");
         }
     }
 }

@@ -163,6 +163,7 @@ impl Gateway {
             debug: config.debug.clone(),
             admin_hosts: config.admin.hosts.clone().into(),
             cors: cors.subscribe(),
+            room: http::Room::new(&config.limits),
             large_lines: Arc::new(Semaphore::new(1)),
             leaving: leaving.clone(),
             draining: draining.clone(),
@@ -215,11 +216,11 @@ impl Gateway {
         let auth = Auth::start(&config.auth, self.config.listen, self.metrics.clone(), &self.auth_tasks).await?;
         self.auth.replace(&auth, &config.auth)?;
         self.cors.send_replace(cors(config, &auth));
-        self.shares.replace(&config.limits);
-        // How large an event may be was agreed with the broker.
-        self.limits.send_modify(|limits| {
-            *limits = config::Limits { event_bytes: limits.event_bytes, ..config.limits.clone() };
-        });
+        // How large an event may be was agreed with the broker; for how many connections there is room, with the system.
+        let config::Limits { event_bytes, connections, .. } = *self.limits.borrow();
+        let limits = config::Limits { event_bytes, connections, ..config.limits.clone() };
+        self.shares.replace(&limits);
+        self.limits.send_replace(limits);
         Ok(())
     }
 

@@ -33,6 +33,7 @@ struct Shared {
     rules: RwLock<Arc<Rules>>,
     streams: Counts,
     connections: Counts,
+    batches: Counts,
 }
 
 /// What may change while places are taken.
@@ -44,6 +45,9 @@ struct Rules {
     address_streams: usize,
     principal_streams: usize,
     address_connections: usize,
+    batches: usize,
+    address_batches: usize,
+    principal_batches: usize,
 }
 
 /// Whom a request is counted for. One without an address, as from a trusted proxy's own machine, and without a principal
@@ -63,6 +67,8 @@ type Digest = [u8; 16];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Key {
+    /// Everybody together.
+    Node,
     Network(Network),
     Principal(Digest),
 }
@@ -76,6 +82,13 @@ pub struct Wait(pub Duration);
 pub enum TooMany {
     OfAddress,
     OfPrincipal,
+}
+
+/// Why there is no room for another batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooManyBatches {
+    OfNode,
+    OfEach(TooMany),
 }
 
 /// Room for one stream, or one connection, of somebody who may have only so many. Given back when it is dropped.
@@ -95,6 +108,7 @@ impl Limits {
             rules: RwLock::new(Rules::new(config)),
             streams: Counts::default(),
             connections: Counts::default(),
+            batches: Counts::default(),
         }))
     }
 
@@ -158,11 +172,34 @@ impl Limits {
     /// When the caller's address or principal has as many open streams as it may have.
     pub fn open_stream(&self, caller: &Caller) -> Result<Place, TooMany> {
         let rules = self.rules();
-        let address = caller.network.map(Key::Network).filter(|_| rules.address_streams > 0);
-        let principal = caller.principal.map(Key::Principal).filter(|_| rules.principal_streams > 0);
-        let mut place = Place::of(self, |shared| &shared.streams);
-        place.take(address, rules.address_streams).ok_or(TooMany::OfAddress)?;
-        place.take(principal, rules.principal_streams).ok_or(TooMany::OfPrincipal)?;
+        self.open(|shared| &shared.streams, caller, rules.address_streams, rules.principal_streams)
+    }
+
+    /// Takes places for one more batch: of all that a node has, and of its caller's.
+    ///
+    /// # Errors
+    /// When the node, or the caller's address or principal, has as many open batches as it may have.
+    pub fn open_batch(&self, caller: &Caller) -> Result<[Place; 2], TooManyBatches> {
+        let rules = self.rules();
+        let own = self.open(|shared| &shared.batches, caller, rules.address_batches, rules.principal_batches);
+        let own = own.map_err(TooManyBatches::OfEach)?;
+        let mut of_node = Place::of(self, |shared| &shared.batches);
+        of_node.take(Some(Key::Node), rules.batches).ok_or(TooManyBatches::OfNode)?;
+        Ok([own, of_node])
+    }
+
+    fn open(
+        &self,
+        of: fn(&Shared) -> &Counts,
+        caller: &Caller,
+        address_max: usize,
+        principal_max: usize,
+    ) -> Result<Place, TooMany> {
+        let address = caller.network.map(Key::Network).filter(|_| address_max > 0);
+        let principal = caller.principal.map(Key::Principal).filter(|_| principal_max > 0);
+        let mut place = Place::of(self, of);
+        place.take(address, address_max).ok_or(TooMany::OfAddress)?;
+        place.take(principal, principal_max).ok_or(TooMany::OfPrincipal)?;
         Ok(place.unless_empty())
     }
 
@@ -187,6 +224,10 @@ impl Rules {
             address_streams: config.address_streams,
             principal_streams: config.principal_streams,
             address_connections: config.address_connections,
+            // The others of a node's connections are for everything else.
+            batches: config.batches.min((config.connections / 2).max(1)),
+            address_batches: config.address_batches,
+            principal_batches: config.principal_batches,
         })
     }
 }

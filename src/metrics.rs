@@ -71,7 +71,10 @@ metrics! {
     history_bytes: IntCounter("tidegate_history_bytes_total", "Bytes of payload in pages of history read on behalf of clients.");
     refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code":]);
     jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome": "read", "failed"]);
-    connections_refused: IntCounter("tidegate_connections_refused_total", "Connections closed at once: their address had as many as it may have.");
+    connections: IntGauge("tidegate_connections", "HTTP connections that are open now and are not streams.");
+    connections_limit: IntGauge("tidegate_connections_limit", "HTTP connections that may be open: limits.connections.");
+    connections_refused: IntCounter("tidegate_connections_refused_total", "Connections refused: their address, or the node, had as many as it may have.");
+    batches: IntGauge("tidegate_batches", "Batches that are open now.");
     broker_up: IntGaugeVec("tidegate_broker_up", "1 while this connection to the broker is as it should be.", ["connection": "live", "history", "leader", "publish"]);
     broker_connections: IntCounter("tidegate_broker_connections_total", "Connections to the broker that were made, the first ones included.");
     broker_round_trip_seconds: Gauge("tidegate_broker_round_trip_seconds", "How long the broker took to answer the last question about the stream.");
@@ -104,6 +107,7 @@ const BROKER_CONNECTIONS: [&str; 4] = ["live", "history", "leader", "publish"];
 /// What is looked at when somebody asks, rather than counted.
 pub struct Now {
     pub streams_limit: usize,
+    pub connections_limit: usize,
     /// Connections to the broker with which something is wrong.
     pub broker_down: Vec<&'static str>,
     pub broker_connections: u64,
@@ -118,6 +122,7 @@ impl Metrics {
     /// The text format of Prometheus.
     pub fn encode(&self, now: Now) -> Vec<u8> {
         self.streams_limit.set(i64::try_from(now.streams_limit).unwrap_or(i64::MAX));
+        self.connections_limit.set(i64::try_from(now.connections_limit).unwrap_or(i64::MAX));
         for connection in BROKER_CONNECTIONS {
             self.broker_up.with_label_values(&[connection]).set(i64::from(!now.broker_down.contains(&connection)));
         }

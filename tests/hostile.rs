@@ -19,7 +19,8 @@ use support::{
     http::{Connection, Request},
     nats::{NatsServer, free_address},
     nginx::Nginx,
-    sse::EventStream,
+    sse::{EventStream, farewell},
+    tokens::{SECRET, token},
 };
 
 /// Whoever ends the request before here reads a second one.
@@ -512,11 +513,74 @@ fn batches_without_an_event_stall_nobody() {
 }
 
 #[test]
-fn a_node_that_is_full_of_connections_recovers() {
-    let gateway = Launch::new().with("limits.connections", "2").with("limits.request_head", "500ms").start();
+fn a_node_that_is_full_of_connections_says_so_and_recovers() {
+    let gateway = Launch::new().with("limits.connections", "3").with("limits.keep_alive", "9s");
+    let gateway = gateway.with("limits.request_head", "1s").start();
+    let mut idle: Vec<_> = (0..3).map(|_| gateway.connect()).collect();
+    for connection in &mut idle {
+        connection.send("/nowhere");
+        assert_eq!(connection.response().status, 404);
+    }
+    gateway.wait_for_metric("tidegate_connections", 3.0);
+    let ready = gateway.ask_admin("/health/ready");
+    assert_eq!((ready.status, ready.text().as_str()), (503, "full: there is no room for another connection\n"));
+
+    for request in [Request::get("/events/demo"), Request::post("/events/demo").body("x"), Request::batch().body("")] {
+        let mut connection = gateway.connect();
+        connection.send(&request);
+        let refused = connection.response();
+        assert_eq!((refused.status, &refused.json()["code"]), (503, &json!("too_many_connections")), "{request:?}");
+        assert_eq!((refused.header("Retry-After"), refused.header("Connection")), (Some("2"), Some("close")));
+        assert_eq!(connection.rest(), b"");
+    }
+    // An EventSource would give up on a status.
+    let mut refused =
+        EventStream::begin(gateway.connect(), Request::get("/events/demo").header("Accept", "text/event-stream"));
+    assert_eq!(refused.head.status, 200);
+    assert_eq!(farewell(&refused.rest()).reason("tidegate.refused"), "too_many_connections");
+    assert_eq!(gateway.metric("tidegate_connections_refused_total"), 4.0);
+    assert_eq!(gateway.metric("tidegate_connections_limit"), 3.0);
+
+    // Many who say nothing wait for room, and so do those behind them, each of whom is answered.
     let _silent: Vec<_> = (0..8).map(|_| gateway.connect()).collect();
-    // Waits in line until those before it have been cut.
-    assert_eq!(gateway.ask("/nowhere").status, 404);
+    drop(idle);
+    let deadline = Instant::now() + PATIENCE;
+    while gateway.ask("/nowhere").status != 404 {
+        assert!(Instant::now() < deadline, "it stays full");
+    }
+    gateway.wait_for_metric("tidegate_connections", 0.0);
+    assert_eq!(gateway.ask_admin("/health/ready").status, 200);
+}
+
+#[test]
+fn idle_batches_of_one_token_take_nobody_elses_connections() {
+    let launch = Launch::new().with("auth.jwt.secret", SECRET).with("auth.policy.publish", r#"[">"]"#);
+    let launch = launch.with("auth.policy.subscribe", r#"[">"]"#).with("trusted_proxies", "[]");
+    let gateway = launch.with("limits.connections", "40").with("limits.principal_batches", "8").start();
+    let (mallory, ann) = (token(json!({ "sub": "mallory" })), token(json!({ "sub": "ann" })));
+    let batches: Vec<_> = (0..30)
+        .map(|_| {
+            let mut batch = gateway.connect();
+            batch.send(Request::batch().bearer(&mallory).chunked());
+            batch.send_chunk("\n");
+            let status = batch.head().status;
+            (status, batch)
+        })
+        .collect();
+
+    assert_eq!(batches.iter().filter(|(status, _)| *status == 200).count(), 8);
+    assert!(batches.iter().all(|(status, _)| [200, 429].contains(status)));
+    gateway.wait_for_metric("tidegate_batches", 8.0);
+    assert_eq!(gateway.ask_admin("/health/ready").status, 200);
+    let mut stream = gateway.stream(Request::get("/events/demo").bearer(&ann));
+    let mut batch = gateway.connect();
+    batch.send(Request::batch().bearer(&ann).body("{\"subject\":\"demo\",\"data\":\"in a batch\"}\n"));
+    assert_eq!(batch.response().status, 200);
+    assert_eq!(gateway.ask(Request::post("/events/demo").bearer(&ann).body("alone")).status, 201);
+    assert_eq!(stream.data(2), ["in a batch", "alone"]);
+
+    drop(batches);
+    gateway.wait_for_metric("tidegate_batches", 0.0);
 }
 
 #[test]

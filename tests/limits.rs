@@ -161,6 +161,40 @@ fn a_batch_over_the_rate_is_slowed_down_and_none_of_it_refused() {
     assert!(began.elapsed() >= Duration::from_millis(900), "a hundred of them are a second's: {:?}", began.elapsed());
 }
 
+/// A batch that is open, and the status that it is answered with.
+fn open_batch(mut connection: Connection, request: Request) -> (u16, Connection) {
+    connection.send(request.chunked());
+    let status = connection.head().status;
+    (status, connection)
+}
+
+#[test]
+fn an_address_and_a_node_have_so_many_batches() {
+    let gateway = directly().with("limits.connections", "10").with("limits.address_batches", "3").start();
+    let open = |from: u8| open_batch(connect_from(&gateway, from), Request::batch());
+    let batches: Vec<_> =
+        [2, 2, 2, 3, 3].map(open).into_iter().map(|(status, batch)| (assert_eq!(status, 200), batch)).collect();
+
+    let refused = |from: u8| {
+        let mut connection = connect_from(&gateway, from);
+        connection.send(Request::batch().body(""));
+        let refused = connection.response();
+        (refused.status, refused.json()["code"].clone(), refused.header("Retry-After").map(str::to_owned))
+    };
+    let after = || Some("2".to_owned());
+    assert_eq!(refused(2), (429, json!("too_many_batches_of_address"), after()));
+    // Half of the connections are for everything else.
+    assert_eq!(refused(3), (503, json!("too_many_batches"), after()));
+    assert_eq!(refused(4), (503, json!("too_many_batches"), after()));
+    let mut connection = connect_from(&gateway, 4);
+    connection.send(Request::post("/events/demo").body("x"));
+    assert_eq!(connection.response().status, 201);
+
+    drop(batches);
+    gateway.wait_for_metric("tidegate_batches", 0.0);
+    assert_eq!(open(2).0, 200);
+}
+
 #[test]
 fn blank_and_bad_lines_count_as_others_do() {
     let overlong = format!("{}\n", "x".repeat(2001));

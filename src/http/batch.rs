@@ -43,7 +43,8 @@ use super::{
 };
 use crate::{
     broker::{Condition, Publication},
-    limits::{Caller, Limits, Wait},
+    limits::{Caller, Limits, Place, Wait},
+    metrics::Counted,
     subject::Subject,
 };
 
@@ -89,7 +90,7 @@ const SMALL_LINE_BYTES: usize = 64 << 10;
 
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    let (sender, caller) = match check(&app, &request).await {
+    let (sender, caller, places) = match check(&app, &request).await {
         Ok(checked) => checked,
         Err(error) => return app.refuse(&request, &error),
     };
@@ -101,6 +102,8 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
         waiting: FuturesOrdered::new(),
         ended: false,
         sender,
+        _places: places,
+        _counted: Counted::in_gauge(&app.metrics.batches),
         app,
     };
     let (first, next) = match (behind_proxy, is_announced) {
@@ -135,7 +138,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     response
 }
 
-async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller), ApiError> {
+async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller, [Place; 2]), ApiError> {
     let query = app.query(request, &PARAMETERS)?;
     let mut sender = Sender::identify(app, request, query).await?;
     let principal = sender.now(app).await?;
@@ -161,11 +164,14 @@ async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller), Api
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
-    Ok((sender, caller))
+    let places = app.shares.open_batch(&caller)?;
+    Ok((sender, caller, places))
 }
 
 struct Batch {
     sender: Sender,
+    _places: [Place; 2],
+    _counted: Counted,
     app: web::Data<App>,
     lines: Lines,
     waiting: FuturesOrdered<BoxFuture<'static, Answer>>,

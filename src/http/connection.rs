@@ -82,6 +82,8 @@ pub struct Slot {
     socket: RefCell<Option<TcpStream>>,
     flushed: Cell<bool>,
     waker: RefCell<Option<Waker>>,
+    /// Whether there is no room for this connection, so that its requests are refused.
+    is_surplus: Cell<bool>,
     /// When nothing more is read.
     end: RefCell<Option<Pin<Box<Sleep>>>>,
     /// Requests whose head has been read.
@@ -151,6 +153,16 @@ impl Slot {
         *self.end.borrow_mut() = Some(end);
     }
 
+    /// Has its first request refused, which may take so long to come.
+    pub async fn refuse_within(&self, limit: Duration) {
+        self.is_surplus.set(true);
+        self.end_after(limit).await;
+    }
+
+    pub fn is_surplus(&self) -> bool {
+        self.is_surplus.get()
+    }
+
     fn has_ended(&self, cx: &mut Context<'_>) -> bool {
         self.end.borrow_mut().as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready())
     }
@@ -163,6 +175,7 @@ impl Connection {
             socket: RefCell::new(Some(socket)),
             flushed: Cell::new(false),
             waker: RefCell::default(),
+            is_surplus: Cell::new(false),
             end: RefCell::default(),
             requests: Cell::new(0),
             unanswered: Cell::new(0),

@@ -16,7 +16,7 @@ use crate::{
     auth::Refusal,
     broker::{BrokerError, Condition, PublishError},
     event::EventId,
-    limits::{TooMany, Wait},
+    limits::{TooMany, TooManyBatches, Wait},
     sse,
 };
 
@@ -81,6 +81,8 @@ codes! {
     TooManyAttempts = 429 "too_many_attempts" "This address asks for streams too often";
     TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "This address has no room for another stream";
     TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "You have no room for another stream";
+    TooManyBatchesOfAddress = 429 "too_many_batches_of_address" "This address has no room for another batch";
+    TooManyBatchesOfPrincipal = 429 "too_many_batches_of_principal" "You have no room for another batch";
     TooManyPublishes = 429 "too_many_publishes" "You publish too many events a second";
     TooManyBytes = 429 "too_many_bytes" "You publish too many bytes a second";
     HeadTooLarge = 431 "head_too_large" "The request's head is too large";
@@ -89,6 +91,8 @@ codes! {
     BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
     Draining = 503 "draining" "This node is going away";
     TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
+    TooManyBatches = 503 "too_many_batches" "This node has no room for another batch";
+    TooManyConnections = 503 "too_many_connections" "This node has no room for another connection";
     KeysUnavailable = 503 "keys_unavailable" "The keys that verify tokens can't be read now";
     OutcomeUnknown = 504 "outcome_unknown" "The event may or may not have been stored";
 }
@@ -237,6 +241,17 @@ impl From<TooMany> for ApiError {
         let code = match too_many {
             TooMany::OfAddress => Code::TooManyStreamsOfAddress,
             TooMany::OfPrincipal => Code::TooManyStreamsOfPrincipal,
+        };
+        ApiError::new(code, "")
+    }
+}
+
+impl From<TooManyBatches> for ApiError {
+    fn from(too_many: TooManyBatches) -> ApiError {
+        let code = match too_many {
+            TooManyBatches::OfNode => Code::TooManyBatches,
+            TooManyBatches::OfEach(TooMany::OfAddress) => Code::TooManyBatchesOfAddress,
+            TooManyBatches::OfEach(TooMany::OfPrincipal) => Code::TooManyBatchesOfPrincipal,
         };
         ApiError::new(code, "")
     }

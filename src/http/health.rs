@@ -15,6 +15,7 @@ pub async fn metrics(app: web::Data<App>) -> HttpResponse {
     let (link, runtime) = (app.broker.link(), app.runtime.metrics());
     let now = Now {
         streams_limit: app.limits.borrow().streams,
+        connections_limit: app.limits.borrow().connections,
         broker_down: link.states.iter().filter(|state| state.trouble.is_some()).map(|state| state.name).collect(),
         broker_connections: link.connections,
         broker_round_trip: link.round_trip,
@@ -47,6 +48,7 @@ pub async fn ready(app: web::Data<App>) -> HttpResponse {
         Health::Ready | Health::Away(_) if app.deliveries.is_full() => {
             away("full: there is no room for another stream")
         }
+        Health::Ready | Health::Away(_) if app.room.is_full() => away("full: there is no room for another connection"),
         Health::Away(why) => ready(&format!("for a short time: {why}")),
         Health::Ready => ready(&app.broker.link().warning.unwrap_or_default()),
     }

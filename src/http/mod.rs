@@ -12,6 +12,7 @@ mod health;
 mod passage;
 mod publish;
 mod query;
+mod room;
 mod subscribe;
 mod who;
 
@@ -38,14 +39,15 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub use self::health::Absence;
 use self::{
     address::Proxies,
     connection::Connection,
     cors::Cors,
     error::{ApiError, Code},
     query::{Parameters, Query},
+    room::{Entry, REFUSAL_WITHIN},
 };
+pub use self::{health::Absence, room::Room};
 use crate::{
     auth::{Auth, Principal},
     broker::{Condition, Publication, Publish, PublishError, Published, SharedBroker},
@@ -54,7 +56,7 @@ use crate::{
     event::EventId,
     hub::Hub,
     limits::{Limits, Place},
-    metrics::Metrics,
+    metrics::{Counted, Metrics},
     subject::Subject,
 };
 
@@ -82,6 +84,8 @@ pub struct App {
     /// Under which the admin listener is asked, beside addresses.
     pub admin_hosts: Arc<[String]>,
     pub cors: watch::Receiver<Cors>,
+    /// Room for connections that are not streams.
+    pub room: Room,
     /// The right to read a large line of a batch: one at a time, so that requests have all other threads.
     pub large_lines: Arc<Semaphore>,
     /// Cancelled when the node wants no more requests. It still serves those that come.
@@ -141,11 +145,16 @@ where
 /// # Errors
 /// When the listener can't be used.
 pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
-    let config::Limits { connections, request_head, .. } = *app.limits.borrow();
+    let (most, request_head) = {
+        let limits = app.limits.borrow();
+        (limits.connections.saturating_add(limits.waiting_connections()), limits.request_head)
+    };
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let builder = ServerBuilder::new()
         .workers(workers)
-        .max_concurrent_connections(connections.div_ceil(workers))
+        // With those that wait for room, or to be refused. The others wait in the kernel's queue until some of these have
+        // gone, which takes seconds at most.
+        .max_concurrent_connections((most / workers).max(1))
         .disable_signals()
         .shutdown_timeout(5);
     let stopping = builder.graceful_shutdown_signal();
@@ -177,10 +186,9 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
             let app = shared.clone();
             async move {
                 let peer = socket.peer_addr().map_err(DispatchError::Io)?;
-                match app.place_for(peer.ip()) {
-                    Some(place) => Ok((Connection::new(socket, place, app), Some(peer))),
-                    None => Err(DispatchError::Io(io::ErrorKind::ConnectionRefused.into())),
-                }
+                let connection = app.clone().let_in(socket, peer.ip()).await;
+                let connection = connection.ok_or(DispatchError::Io(io::ErrorKind::ConnectionRefused.into()));
+                connection.map(|connection| (connection, Some(peer)))
             }
         })
         .and_then(http)
@@ -293,16 +301,24 @@ impl App {
         self.draining.cancelled().await;
     }
 
-    /// Room for one more connection of this peer, if it may have one. A proxy's are those of all its clients.
+    /// Lets one more connection of this peer in, if only to be refused. `None` if it is to be closed at once.
+    async fn let_in(self: Arc<App>, socket: TcpStream, peer: IpAddr) -> Option<Connection> {
+        let place = self.place_for(peer);
+        let entry = if place.is_some() { self.room.enter().await } else { None };
+        if let Some(Entry::Served(permit)) = entry {
+            let counted = Counted::in_gauge(&self.metrics.connections);
+            return Some(Connection::new(socket, (place, permit, counted), self));
+        }
+        self.metrics.connections_refused.inc();
+        let Some(Entry::Refused(permit)) = entry else { return None };
+        let connection = Connection::new(socket, (place, permit), self);
+        connection.slot().refuse_within(REFUSAL_WITHIN).await;
+        Some(connection)
+    }
+
+    /// A place for one more connection of this peer, if it may have one. A proxy's are those of all its clients.
     fn place_for(&self, peer: IpAddr) -> Option<Place> {
-        if self.proxies.trust(peer) {
-            return Some(Place::uncounted());
-        }
-        let place = self.shares.open_connection(peer);
-        if place.is_none() {
-            self.metrics.connections_refused.inc();
-        }
-        place
+        if self.proxies.trust(peer) { Some(Place::uncounted()) } else { self.shares.open_connection(peer) }
     }
 
     /// Hands an event of this principal's to the broker. What comes back resolves once it is stored, or is not.

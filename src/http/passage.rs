@@ -57,11 +57,17 @@ pub async fn escort(
     let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
     request.extensions_mut().insert(visit);
-    let checked = check_head(request.head(), &app.limits.borrow());
+    let is_surplus = request.request().conn_data::<Rc<Slot>>().is_some_and(|slot| slot.is_surplus());
+    let checked = match is_surplus {
+        true => Err(ApiError::new(Code::TooManyConnections, "")),
+        false => check_head(request.head(), &app.limits.borrow()),
+    };
     let mut response = match checked {
         Ok(()) => next.call(request).await?,
         Err(refusal) => {
-            let mut refused = app.refuse(request.request(), &refusal);
+            let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+            let refuse = if is_read { App::refuse_stream } else { App::refuse };
+            let mut refused = refuse(&app, request.request(), &refusal);
             refused.head_mut().set_connection_type(ConnectionType::Close);
             request.into_response(refused)
         }

@@ -1,0 +1,57 @@
+//! Room for connections of the public listener. One more than there is room for waits a moment, as when all clients of
+//! another node come at once. If it finds none it is not left without a word: its first request is refused, and it is closed.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+
+use crate::config;
+
+/// More may wait than workers are to accept: they count with some delay.
+const OVERSHOOT: usize = 16;
+/// How long a connection waits for room.
+const WAIT: Duration = Duration::from_secs(1);
+/// How long one that found none may take to send its request.
+pub const REFUSAL_WITHIN: Duration = Duration::from_secs(1);
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Room {
+    connections: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
+}
+
+/// What a connection is let in for.
+pub enum Entry {
+    Served(OwnedSemaphorePermit),
+    Refused(OwnedSemaphorePermit),
+}
+
+impl Room {
+    pub fn new(limits: &config::Limits) -> Room {
+        let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
+        Room {
+            connections: semaphore(limits.connections),
+            waiting: semaphore(limits.waiting_connections() + OVERSHOOT),
+        }
+    }
+
+    /// Lets one more connection in; `None` where too many wait.
+    pub async fn enter(&self) -> Option<Entry> {
+        if let Ok(permit) = self.connections.clone().try_acquire_owned() {
+            return Some(Entry::Served(permit));
+        }
+        let waiting = self.waiting.clone().try_acquire_owned().ok()?;
+        match timeout(WAIT, self.connections.clone().acquire_owned()).await {
+            Ok(Ok(permit)) => Some(Entry::Served(permit)),
+            Ok(Err(_)) | Err(_) => Some(Entry::Refused(waiting)),
+        }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.connections.available_permits() == 0
+    }
+}
