@@ -179,12 +179,16 @@ pub struct Limits {
     pub backlog: usize,
     #[serde(deserialize_with = "positive")]
     pub batches: usize,
+    // 0 is a quarter of the machine's.
+    pub memory: usize,
     // What one address or principal may have. 0 is without limit.
     pub address_connections: usize,
     pub address_batches: usize,
     pub principal_batches: usize,
     pub address_streams: usize,
     pub principal_streams: usize,
+    pub address_filters: usize,
+    pub principal_filters: usize,
     pub address_attempts: u32,
     pub address_attempts_burst: u32,
     pub publishes: u32,

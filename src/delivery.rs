@@ -47,6 +47,7 @@ use crate::{
     config::{self, Config},
     hub::{Cursor, Opening},
     limits::Place,
+    memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
     sse::{self, Framing},
@@ -74,6 +75,7 @@ struct Shared {
 struct Common {
     limits: watch::Receiver<config::Limits>,
     sse: config::Sse,
+    memory: Memory,
     expiry_warning: Duration,
     drain: config::Drain,
     register: Register,
@@ -101,12 +103,14 @@ impl Deliveries {
     pub fn new(
         config: &Config,
         limits: watch::Receiver<config::Limits>,
+        memory: Memory,
         metrics: Arc<Metrics>,
         tasks: Tasks,
     ) -> Deliveries {
         let common = Arc::new(Common {
             limits,
             sse: config.sse.clone(),
+            memory,
             expiry_warning: config.auth.jwt.expiry_warning,
             drain: config.drain.clone(),
             register: Register::new(config.debug.ended),

@@ -31,6 +31,7 @@ use crate::{
     },
     hub::{self, Hub},
     limits::Limits,
+    memory::Memory,
     metrics::Metrics,
     panics,
     shutdown::Tasks,
@@ -55,6 +56,7 @@ pub struct Gateway {
     leaving: CancellationToken,
     limits: watch::Sender<config::Limits>,
     shares: Limits,
+    memory: Memory,
     cors: watch::Sender<Cors>,
     deliveries: Deliveries,
     draining: CancellationToken,
@@ -127,10 +129,11 @@ impl Gateway {
         let public = bind("listen", config.listen, config.limits.backlog)?;
         let admin = bind("admin_listen", config.admin_listen, config.limits.backlog)?;
         check_backlog(config.limits.backlog);
+        let memory = Memory::new(config.limits.memory);
         let broker: SharedBroker = if config.nats.url.is_empty() {
-            Arc::new(Embedded::new(&config.embedded, &config.history))
+            Arc::new(Embedded::new(&config.embedded, &config.history, &memory))
         } else {
-            Arc::new(Nats::connect(&config.nats, &config.history, config.limits.event_bytes).await?)
+            Arc::new(Nats::connect(&config.nats, &config.history, config.limits.event_bytes, &memory).await?)
         };
         let tasks = Tasks::new(Handle::current());
         let settings = hub::Settings {
@@ -138,13 +141,15 @@ impl Gateway {
             history: config.history.clone(),
             audit: config.audit.clone(),
             write_bytes: config.sse.write_bytes,
+            // As it arrives, and as it is kept. A page may be one event.
+            read_bytes: 2 * config.history.page_bytes.max(config.limits.event_bytes),
             #[cfg(test)]
             trusts_hints: false,
         };
-        let hub = Hub::start(broker.clone(), settings, metrics.clone(), tasks.clone());
+        let hub = Hub::start(broker.clone(), settings, memory.clone(), metrics.clone(), tasks.clone());
         let (leaving, draining) = (CancellationToken::new(), CancellationToken::new());
         let limits = watch::Sender::new(config.limits.clone());
-        let deliveries = Deliveries::new(&config, limits.subscribe(), metrics.clone(), tasks.clone());
+        let deliveries = Deliveries::new(&config, limits.subscribe(), memory.clone(), metrics.clone(), tasks.clone());
         let (listen, admin_listen) = (address_of("listen", &public)?, address_of("admin_listen", &admin)?);
         let (access, is_open) = (auth.describe(), auth.is_open());
         let shares = Limits::new(&config.limits);
@@ -159,6 +164,7 @@ impl Gateway {
             runtime: Handle::current(),
             limits: limits.subscribe(),
             shares: shares.clone(),
+            memory: memory.clone(),
             proxies: Proxies::new(config.trusted_proxies.clone(), config.address_header),
             debug: config.debug.clone(),
             admin_hosts: config.admin.hosts.clone().into(),
@@ -183,6 +189,7 @@ impl Gateway {
             leaving,
             limits,
             shares,
+            memory,
             cors,
             deliveries,
             draining,
@@ -201,7 +208,7 @@ impl Gateway {
         let auth = Auth::start(&config.auth, config.listen, Arc::new(Metrics::new()), &tasks).await?;
         tasks.end().await;
         let broker = if config.nats.url.is_empty() {
-            Embedded::new(&config.embedded, &config.history).describe()
+            Embedded::new(&config.embedded, &config.history, &Memory::new(0)).describe()
         } else {
             Nats::look(&config.nats, config.limits.event_bytes).await?
         };
@@ -221,6 +228,7 @@ impl Gateway {
         let limits = config::Limits { event_bytes, connections, ..config.limits.clone() };
         self.shares.replace(&limits);
         self.limits.send_replace(limits);
+        self.memory.set_limit(config.limits.memory);
         Ok(())
     }
 

@@ -25,6 +25,7 @@
 //! | [`sse`] | event -> bytes; pure | event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
+//! | [`memory`] | how many bytes the node holds for its clients, and whether that is too much | |
 //! | [`descriptors`] | how many files the system allows, and limits that fit | config |
 //! | [`backoff`], [`config`], [`log`], [`metrics`], [`panics`], [`shutdown`] | leaves that anyone may use | |
 //!
@@ -83,6 +84,7 @@ pub mod http;
 pub mod hub;
 pub mod limits;
 pub mod log;
+pub mod memory;
 pub mod metrics;
 pub mod nats;
 pub mod panics;

@@ -21,6 +21,7 @@ use std::{
 };
 
 use sha2::{Digest as _, Sha256};
+use smallvec::{SmallVec, smallvec};
 
 use self::rate::Rate;
 use crate::config;
@@ -32,6 +33,8 @@ pub struct Limits(Arc<Shared>);
 struct Shared {
     rules: RwLock<Arc<Rules>>,
     streams: Counts,
+    /// Of open streams.
+    filters: Counts,
     connections: Counts,
     batches: Counts,
 }
@@ -44,6 +47,8 @@ struct Rules {
     publish_bytes: Option<Rate>,
     address_streams: usize,
     principal_streams: usize,
+    address_filters: usize,
+    principal_filters: usize,
     address_connections: usize,
     batches: usize,
     address_batches: usize,
@@ -77,18 +82,21 @@ enum Key {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wait(pub Duration);
 
-/// Whose open streams are as many as they may be.
+/// Whose open streams, or the filters of them, are as many as they may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TooMany {
     OfAddress,
     OfPrincipal,
+    FiltersOfAddress,
+    FiltersOfPrincipal,
 }
 
 /// Why there is no room for another batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TooManyBatches {
     OfNode,
-    OfEach(TooMany),
+    OfAddress,
+    OfPrincipal,
 }
 
 /// Room for one stream, or one connection, of somebody who may have only so many. Given back when it is dropped.
@@ -98,8 +106,23 @@ pub struct Place(Option<Box<Taken>>);
 
 struct Taken {
     limits: Limits,
-    of: fn(&Shared) -> &Counts,
+    what: What,
     keys: [Option<Key>; 2],
+}
+
+/// Of whom there is too much.
+#[derive(Clone, Copy)]
+enum Whose {
+    Address,
+    Principal,
+}
+
+/// What a place is for.
+#[derive(Clone, Copy)]
+enum What {
+    Connection,
+    Batch,
+    Stream { filters: usize },
 }
 
 impl Limits {
@@ -107,6 +130,7 @@ impl Limits {
         Limits(Arc::new(Shared {
             rules: RwLock::new(Rules::new(config)),
             streams: Counts::default(),
+            filters: Counts::default(),
             connections: Counts::default(),
             batches: Counts::default(),
         }))
@@ -166,13 +190,20 @@ impl Limits {
         check(self.rules().publish_bytes.as_ref(), caller.key(), bytes)
     }
 
-    /// Takes a place for one more stream.
+    /// Takes a place for one more stream with so many filters.
     ///
     /// # Errors
-    /// When the caller's address or principal has as many open streams as it may have.
-    pub fn open_stream(&self, caller: &Caller) -> Result<Place, TooMany> {
+    /// When the caller's address or principal has as many open streams, or filters of them, as it may have.
+    pub fn open_stream(&self, caller: &Caller, filters: usize) -> Result<Place, TooMany> {
         let rules = self.rules();
-        self.open(|shared| &shared.streams, caller, rules.address_streams, rules.principal_streams)
+        let address = [rules.address_streams, rules.address_filters];
+        let principal = [rules.principal_streams, rules.principal_filters];
+        self.open(What::Stream { filters }, caller, &address, &principal).map_err(|limit| match limit {
+            (Whose::Address, 0) => TooMany::OfAddress,
+            (Whose::Address, _) => TooMany::FiltersOfAddress,
+            (Whose::Principal, 0) => TooMany::OfPrincipal,
+            (Whose::Principal, _) => TooMany::FiltersOfPrincipal,
+        })
     }
 
     /// Takes places for one more batch: of all that a node has, and of its caller's.
@@ -181,35 +212,46 @@ impl Limits {
     /// When the node, or the caller's address or principal, has as many open batches as it may have.
     pub fn open_batch(&self, caller: &Caller) -> Result<[Place; 2], TooManyBatches> {
         let rules = self.rules();
-        let own = self.open(|shared| &shared.batches, caller, rules.address_batches, rules.principal_batches);
-        let own = own.map_err(TooManyBatches::OfEach)?;
-        let mut of_node = Place::of(self, |shared| &shared.batches);
-        of_node.take(Some(Key::Node), rules.batches).ok_or(TooManyBatches::OfNode)?;
+        let own = self.open(What::Batch, caller, &[rules.address_batches], &[rules.principal_batches]);
+        let own = own.map_err(|(whose, _)| match whose {
+            Whose::Address => TooManyBatches::OfAddress,
+            Whose::Principal => TooManyBatches::OfPrincipal,
+        })?;
+        let mut of_node = Place::of(self, What::Batch);
+        of_node.take(Some(Key::Node), &[rules.batches]).map_err(|_| TooManyBatches::OfNode)?;
         Ok([own, of_node])
     }
 
+    /// Takes a place of a caller's; an error says which of these limits is in the way, and whose it is.
     fn open(
         &self,
-        of: fn(&Shared) -> &Counts,
+        what: What,
         caller: &Caller,
-        address_max: usize,
-        principal_max: usize,
-    ) -> Result<Place, TooMany> {
-        let address = caller.network.map(Key::Network).filter(|_| address_max > 0);
-        let principal = caller.principal.map(Key::Principal).filter(|_| principal_max > 0);
-        let mut place = Place::of(self, of);
-        place.take(address, address_max).ok_or(TooMany::OfAddress)?;
-        place.take(principal, principal_max).ok_or(TooMany::OfPrincipal)?;
+        address: &[usize],
+        principal: &[usize],
+    ) -> Result<Place, (Whose, usize)> {
+        let mut place = Place::of(self, what);
+        place.take(caller.network.map(Key::Network), address).map_err(|number| (Whose::Address, number))?;
+        place.take(caller.principal.map(Key::Principal), principal).map_err(|number| (Whose::Principal, number))?;
         Ok(place.unless_empty())
     }
 
     /// Takes a place for one more connection of `address`, if it may have one.
     pub fn open_connection(&self, address: IpAddr) -> Option<Place> {
-        let most = self.rules().address_connections;
-        let address = Some(Key::Network(Network::of(address))).filter(|_| most > 0);
-        let mut place = Place::of(self, |shared| &shared.connections);
-        place.take(address, most)?;
+        let mut place = Place::of(self, What::Connection);
+        place.take(Some(Key::Network(Network::of(address))), &[self.rules().address_connections]).ok()?;
         Some(place.unless_empty())
+    }
+}
+
+impl What {
+    /// What it is counted among, and how much of each it takes.
+    fn counts(self, shared: &Shared) -> SmallVec<[(&Counts, usize); 2]> {
+        match self {
+            What::Connection => smallvec![(&shared.connections, 1)],
+            What::Batch => smallvec![(&shared.batches, 1)],
+            What::Stream { filters } => smallvec![(&shared.streams, 1), (&shared.filters, filters)],
+        }
     }
 }
 
@@ -223,6 +265,8 @@ impl Rules {
             publish_bytes: rate(config.publish_bytes, config.publish_bytes_burst),
             address_streams: config.address_streams,
             principal_streams: config.principal_streams,
+            address_filters: config.address_filters,
+            principal_filters: config.principal_filters,
             address_connections: config.address_connections,
             // The others of a node's connections are for everything else.
             batches: config.batches.min((config.connections / 2).max(1)),
@@ -270,16 +314,27 @@ impl Place {
         Place(None)
     }
 
-    fn of(limits: &Limits, of: fn(&Shared) -> &Counts) -> Place {
-        Place(Some(Box::new(Taken { limits: limits.clone(), of, keys: [None, None] })))
+    fn of(limits: &Limits, what: What) -> Place {
+        Place(Some(Box::new(Taken { limits: limits.clone(), what, keys: [None, None] })))
     }
 
-    /// Counts one more for `key`, if there is one, and if it has fewer than `max`.
-    fn take(&mut self, key: Option<Key>, max: usize) -> Option<()> {
-        let (Some(key), Some(taken)) = (key, &mut self.0) else { return Some(()) };
-        (taken.of)(&taken.limits.0).add(&key, max)?;
-        *taken.keys.iter_mut().find(|slot| slot.is_none())? = Some(key);
-        Some(())
+    /// Counts what the place is for on `key`, if there is one, and if it has no more of each than these with it. 0 is without
+    /// limit; where all are, nothing is counted.
+    ///
+    /// # Errors
+    /// Which of these limits is in the way. Nothing is counted then.
+    fn take(&mut self, key: Option<Key>, limits: &[usize]) -> Result<(), usize> {
+        let key = key.filter(|_| limits.iter().any(|max| *max > 0));
+        let (Some(key), Some(taken)) = (key, &mut self.0) else { return Ok(()) };
+        let counts = taken.what.counts(&taken.limits.0);
+        for (number, ((count, amount), max)) in counts.iter().zip(limits).enumerate() {
+            if count.add(&key, *amount, *max).is_none() {
+                counts[..number].iter().for_each(|(count, amount)| count.subtract(&key, *amount));
+                return Err(number);
+            }
+        }
+        *taken.keys.iter_mut().find(|slot| slot.is_none()).expect("an address and a principal are two") = Some(key);
+        Ok(())
     }
 
     fn unless_empty(self) -> Place {
@@ -290,31 +345,31 @@ impl Place {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        for key in self.keys.iter().flatten() {
-            (self.of)(&self.limits.0).subtract(key);
+        for (count, amount) in self.what.counts(&self.limits.0) {
+            self.keys.iter().flatten().for_each(|key| count.subtract(key, amount));
         }
     }
 }
 
-/// How many each has open. As many entries as there are streams, or connections, at most: a node limits both.
+/// How many each has. As many entries as there are streams, or connections, at most: a node limits both.
 #[derive(Default)]
 struct Counts(Mutex<HashMap<Key, usize>>);
 
 impl Counts {
-    fn add(&self, key: &Key, max: usize) -> Option<()> {
+    fn add(&self, key: &Key, amount: usize, max: usize) -> Option<()> {
         let mut counts = self.lock();
-        match counts.get_mut(key) {
-            Some(count) if *count >= max => return None,
-            Some(count) => *count += 1,
-            None => drop(counts.insert(*key, 1)),
+        let before = counts.get(key).copied().unwrap_or(0);
+        if max > 0 && before + amount > max {
+            return None;
         }
+        counts.insert(*key, before + amount);
         Some(())
     }
 
-    fn subtract(&self, key: &Key) {
+    fn subtract(&self, key: &Key, amount: usize) {
         let mut counts = self.lock();
         match counts.get_mut(key) {
-            Some(count) if *count > 1 => *count -= 1,
+            Some(count) if *count > amount => *count -= amount,
             Some(_) | None => drop(counts.remove(key)),
         }
     }
@@ -353,23 +408,38 @@ mod tests {
     }
 
     #[test]
+    fn filters_of_all_streams_are_counted_together() {
+        let limits = limits(|limits| (limits.address_filters, limits.principal_filters) = (64, 10));
+        let first = limits.open_stream(&named("ann", "192.0.2.1"), 7).ok().unwrap();
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2"), 4).err(), Some(TooMany::FiltersOfPrincipal));
+        let second = limits.open_stream(&named("ann", "192.0.2.2"), 3).ok().unwrap();
+        assert_eq!(limits.open_stream(&at("192.0.2.1"), 58).err(), Some(TooMany::FiltersOfAddress));
+        assert_eq!(limits.open_stream(&at("192.0.2.3"), 65).err(), Some(TooMany::FiltersOfAddress));
+        drop((first, second));
+        assert!(limits.0.filters.lock().is_empty() && limits.0.streams.lock().is_empty());
+    }
+
+    #[test]
     fn places_are_given_back_and_a_refusal_keeps_none() {
         let limits = limits(|limits| (limits.address_streams, limits.principal_streams) = (2, 1));
-        let first = limits.open_stream(&named("ann", "192.0.2.1")).ok().unwrap();
-        assert_eq!(limits.open_stream(&named("ann", "192.0.2.1")).err(), Some(TooMany::OfPrincipal));
-        let second = limits.open_stream(&at("192.0.2.1")).ok().unwrap();
-        assert_eq!(limits.open_stream(&at("192.0.2.1")).err(), Some(TooMany::OfAddress));
-        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2")).err(), Some(TooMany::OfPrincipal));
+        let first = limits.open_stream(&named("ann", "192.0.2.1"), 1).ok().unwrap();
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.1"), 1).err(), Some(TooMany::OfPrincipal));
+        let second = limits.open_stream(&at("192.0.2.1"), 1).ok().unwrap();
+        assert_eq!(limits.open_stream(&at("192.0.2.1"), 1).err(), Some(TooMany::OfAddress));
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2"), 1).err(), Some(TooMany::OfPrincipal));
         drop((first, second));
         assert!(limits.0.streams.lock().is_empty());
     }
 
     #[test]
     fn whoever_is_not_counted_takes_no_place() {
-        let nobody = limits(|_| ()).open_stream(&Caller::new(None, None)).ok().unwrap();
+        let nobody = limits(|_| ()).open_stream(&Caller::new(None, None), 1).ok().unwrap();
         assert!(nobody.0.is_none());
-        let off = limits(|limits| (limits.address_streams, limits.principal_streams) = (0, 0));
-        assert!(off.open_stream(&named("ann", "192.0.2.1")).ok().unwrap().0.is_none());
+        let off = limits(|limits| {
+            (limits.address_streams, limits.principal_streams) = (0, 0);
+            (limits.address_filters, limits.principal_filters) = (0, 0);
+        });
+        assert!(off.open_stream(&named("ann", "192.0.2.1"), 1).ok().unwrap().0.is_none());
     }
 
     #[test]

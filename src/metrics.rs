@@ -53,7 +53,7 @@ metrics! {
     streams_limit: IntGauge("tidegate_streams_limit", "Streams that may be open: limits.streams.");
     streams_behind: IntGauge("tidegate_streams_behind", "Streams that are served from history now.");
     streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by how they began.", ["start": "new", "resumed", "gap"]);
-    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "write-failed", "drained", "cut", "aged", "token-expired", "failed"]);
+    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "memory", "write-failed", "drained", "cut", "aged", "token-expired", "failed"]);
     feeds: IntGauge("tidegate_feeds", "Feeds (distinct filters) that are kept now.");
     events_received: IntCounter("tidegate_events_received_total", "Events that came from the broker, counted for each feed.");
     events_delivered: IntCounter("tidegate_events_delivered_total", "Events written to clients, counted for each client.");
@@ -69,6 +69,9 @@ metrics! {
     history_shared: IntCounter("tidegate_history_shared_total", "Pages of history that had been read for another client.");
     history_events: IntCounter("tidegate_history_events_total", "Events in pages of history read on behalf of clients.");
     history_bytes: IntCounter("tidegate_history_bytes_total", "Bytes of payload in pages of history read on behalf of clients.");
+    memory_bytes: IntGaugeVec("tidegate_memory_bytes", "Memory held on behalf of clients, by what it is used for.", ["part": "logs", "frames", "pages", "hints", "batches"]);
+    memory_limit_bytes: IntGauge("tidegate_memory_limit_bytes", "The budget for that: limits.memory.");
+    memory_reclaims: IntCounter("tidegate_memory_reclaims_total", "Times the logs of all feeds were shrunk because the node was short of memory.");
     refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code":]);
     jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome": "read", "failed"]);
     connections: IntGauge("tidegate_connections", "HTTP connections that are open now and are not streams.");
@@ -110,6 +113,9 @@ pub struct Now {
     pub connections_limit: usize,
     /// Connections to the broker with which something is wrong.
     pub broker_down: Vec<&'static str>,
+    /// What each part uses, in bytes.
+    pub memory: Vec<(&'static str, usize)>,
+    pub memory_limit: usize,
     pub broker_connections: u64,
     pub broker_round_trip: Duration,
     pub runtime_tasks: usize,
@@ -127,6 +133,11 @@ impl Metrics {
             self.broker_up.with_label_values(&[connection]).set(i64::from(!now.broker_down.contains(&connection)));
         }
         self.panics.inc_by(crate::panics::count().saturating_sub(self.panics.get()));
+        let bytes = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.memory_limit_bytes.set(bytes(now.memory_limit));
+        for (part, used) in now.memory {
+            self.memory_bytes.with_label_values(&[part]).set(bytes(used));
+        }
         self.broker_connections.inc_by(now.broker_connections.saturating_sub(self.broker_connections.get()));
         self.broker_round_trip_seconds.set(now.broker_round_trip.as_secs_f64());
         self.runtime_tasks.set(now.runtime_tasks as i64);

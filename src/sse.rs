@@ -128,6 +128,20 @@ impl Block {
         room
     }
 
+    /// The same block, with something that is kept for as long as any of its bytes are.
+    pub fn keeping<T: Send + 'static>(self, kept: T) -> Block {
+        struct Owner<T> {
+            chunk: Bytes,
+            _kept: T,
+        }
+        impl<T> AsRef<[u8]> for Owner<T> {
+            fn as_ref(&self) -> &[u8] {
+                &self.chunk
+            }
+        }
+        Block { chunk: Bytes::from_owner(Owner { chunk: self.chunk, _kept: kept }), ..self }
+    }
+
     /// What the block takes on a connection, in bytes.
     #[expect(clippy::len_without_is_empty, reason = "no block is empty")]
     pub fn len(&self) -> usize {

@@ -13,6 +13,7 @@ use tidegate::{
     },
     config::{Config, History},
     event::{Epoch, Event, EventId, EventType},
+    memory::Memory,
     subject::{Filter, Subject},
 };
 
@@ -86,12 +87,12 @@ contract_for! {
 
 async fn start_embedded() -> (Embedded,) {
     let limits = Config::load(None, vec![]).unwrap().embedded;
-    (Embedded::new(&limits, &HISTORY),)
+    (Embedded::new(&limits, &HISTORY, &Memory::new(0)),)
 }
 
 async fn start_nats() -> (Nats, NatsServer) {
     let server = NatsServer::start();
-    let broker = Nats::connect(&server.settings(), &HISTORY, 100_000).await.unwrap();
+    let broker = Nats::connect(&server.settings(), &HISTORY, 100_000, &Memory::new(0)).await.unwrap();
     (broker, server)
 }
 

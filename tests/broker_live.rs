@@ -24,6 +24,7 @@ use support::{
 use tidegate::{
     broker::{Broker, Health, Hints, Publish, nats::Nats},
     config::{self, Config},
+    memory::Memory,
 };
 
 #[tokio::test]
@@ -236,7 +237,7 @@ impl Drop for Folder {
 
 async fn try_connect(settings: &config::Nats) -> Result<Nats, String> {
     let config = Config::load(None, vec![]).unwrap();
-    Nats::connect(settings, &config.history, 100_000).await.map_err(|error| error.to_string())
+    Nats::connect(settings, &config.history, 100_000, &Memory::new(0)).await.map_err(|error| error.to_string())
 }
 
 async fn connect(settings: &config::Nats) -> Nats {

@@ -16,6 +16,7 @@ use tidegate::{
     broker::{Broker, Condition, From, Health, Hint, Publication, Publish, PublishError, Read, nats::Nats},
     config::{self, History},
     hub::{self, Hub, Start, StartAt},
+    memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
     sse::Format,
@@ -327,7 +328,7 @@ async fn work(server: &NatsServer) -> Result<(), String> {
     settings.request_timeout = Duration::from_secs(1);
     settings.publish_timeout = Duration::from_secs(1);
     let said = |error: &dyn std::fmt::Display| error.to_string();
-    let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES).await.map_err(|e| said(&e))?;
+    let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES, &Memory::new(0)).await.map_err(|e| said(&e))?;
     let operator = Operator::of(server, "operator:change-me-operator@").await;
     let mut doubts = broker.doubts();
     operator.update(json!({ "max_age": 3_600_000_000_000_i64 })).await;
@@ -501,9 +502,15 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
     let broker = Arc::new(connect(&server.settings()).await);
     let operator = Operator::new(&server).await;
     let settings = config::Config::load(None, vec![("audit.interval", "200ms".into())]).unwrap();
-    let settings =
-        hub::Settings { feed: settings.feed, history: settings.history, audit: settings.audit, write_bytes: 65_536 };
-    let hub = Hub::start(broker.clone(), settings, Arc::new(Metrics::new()), Tasks::new(Handle::current()));
+    let settings = hub::Settings {
+        feed: settings.feed,
+        history: settings.history,
+        audit: settings.audit,
+        write_bytes: 65_536,
+        read_bytes: 1,
+    };
+    let hub =
+        Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()));
     let mut cursors = vec![];
     for wanted in ["a", "*", ">"] {
         let start = Start { last_event_id: None, at: StartAt::Now };
@@ -704,7 +711,10 @@ async fn two_gateways_see_the_same() {
 /// Has a stream made with three replicas.
 async fn make_replicated(cluster: &Cluster) -> Operator {
     // They have yet to elect who makes streams.
-    eventually(async || Nats::connect(&replicated(&cluster.nodes[0]), &HISTORY, EVENT_BYTES).await.is_ok()).await;
+    eventually(async || {
+        Nats::connect(&replicated(&cluster.nodes[0]), &HISTORY, EVENT_BYTES, &Memory::new(0)).await.is_ok()
+    })
+    .await;
     Operator::new(&cluster.nodes[0]).await
 }
 
@@ -721,12 +731,13 @@ async fn leader<'a>(cluster: &'a Cluster, operator: &Operator) -> &'a NatsServer
 }
 
 async fn connect(settings: &config::Nats) -> Nats {
-    Nats::connect(settings, &HISTORY, EVENT_BYTES).await.unwrap()
+    Nats::connect(settings, &HISTORY, EVENT_BYTES, &Memory::new(0)).await.unwrap()
 }
 
 /// That a gateway does not start, and says all of this about it on one line.
 async fn refused(settings: &config::Nats, words: &[&str]) {
-    let error = Nats::connect(settings, &HISTORY, EVENT_BYTES).await.map(|_| ()).unwrap_err().to_string();
+    let error =
+        Nats::connect(settings, &HISTORY, EVENT_BYTES, &Memory::new(0)).await.map(|_| ()).unwrap_err().to_string();
     for word in words {
         assert!(error.contains(word), "{word:?} is not in: {error}");
     }

@@ -12,20 +12,29 @@ use tidegate::{http::error::Code, metrics::Metrics};
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["gateway", "auth", "descriptors", "config", "log", "subject"]),
-    ("gateway", &["http", "auth", "delivery", "limits", "hub", "broker", "metrics", "panics", "shutdown", "config"]),
+    (
+        "gateway",
+        &["http", "auth", "delivery", "limits", "hub", "broker", "memory", "metrics", "panics", "shutdown", "config"],
+    ),
     (
         "http",
         &[
-            "auth", "delivery", "limits", "hub", "broker", "sse", "position", "event", "subject", "metrics", "config",
-            "fuzz",
+            "auth", "delivery", "limits", "hub", "broker", "sse", "position", "event", "subject", "memory", "metrics",
+            "config", "fuzz",
         ],
     ),
     ("auth", &["subject", "metrics", "shutdown", "config", "fuzz"]),
-    ("delivery", &["limits", "hub", "sse", "metrics", "shutdown", "backoff", "config"]),
+    ("delivery", &["limits", "hub", "sse", "memory", "metrics", "shutdown", "backoff", "config"]),
     ("limits", &["config"]),
-    ("hub", &["broker", "sse", "position", "event", "subject", "metrics", "panics", "shutdown", "backoff", "config"]),
+    (
+        "hub",
+        &[
+            "broker", "sse", "position", "event", "subject", "memory", "metrics", "panics", "shutdown", "backoff",
+            "config",
+        ],
+    ),
     ("position", &["event", "subject"]),
-    ("broker", &["nats", "event", "subject", "panics", "backoff", "config", "fuzz"]),
+    ("broker", &["nats", "memory", "event", "subject", "panics", "backoff", "config", "fuzz"]),
     ("nats", &["backoff", "fuzz"]),
     ("sse", &["event"]),
     ("event", &["subject"]),
@@ -35,6 +44,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("backoff", &[]),
     ("metrics", &["panics"]),
     ("panics", &["backoff"]),
+    ("memory", &[]),
     ("shutdown", &[]),
     ("subject", &[]),
     ("fuzz", &[]),

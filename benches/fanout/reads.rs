@@ -34,7 +34,7 @@ pub fn compare(events: usize) {
         ("from=first, matches nothing", Some(first)),
         ("from=snapshot, matches nothing", Some(snapshot)),
     ] {
-        let broker = Arc::new(Embedded::new(&config.embedded, &config.history));
+        let broker = Arc::new(Embedded::new(&config.embedded, &config.history, &tidegate::memory::Memory::new(0)));
         fill(&broker, events);
         let done = Arc::new(AtomicBool::new(false));
         let publisher = {

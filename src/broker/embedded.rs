@@ -29,6 +29,7 @@ use super::{
 use crate::{
     config,
     event::{Epoch, Event, EventId, EventType},
+    memory::Memory,
     subject::{Filter, Subject},
 };
 
@@ -44,6 +45,8 @@ const EVENT_OVERHEAD_BYTES: usize = 200;
 const UNPOISONED: &str = "no panic happens while the log is held";
 
 pub struct Embedded {
+    /// Hints that wait are part of it.
+    memory: Memory,
     epoch: Epoch,
     limits: config::Embedded,
     page: config::History,
@@ -117,8 +120,9 @@ impl Drop for Listening {
 }
 
 impl Embedded {
-    pub fn new(limits: &config::Embedded, page: &config::History) -> Embedded {
+    pub fn new(limits: &config::Embedded, page: &config::History, memory: &Memory) -> Embedded {
         Embedded {
+            memory: memory.clone(),
             epoch: Epoch::from_seed(rand::random()),
             limits: limits.clone(),
             page: page.clone(),
@@ -218,7 +222,7 @@ impl Publish for Embedded {
 #[async_trait]
 impl Broker for Embedded {
     async fn live(&self, filter: &Filter) -> Result<Hints, BrokerError> {
-        let mailbox = Arc::new(Mailbox::new(HINTS_MAX));
+        let mailbox = Arc::new(Mailbox::new(HINTS_MAX, &self.memory));
         let mut log = self.log();
         log.listeners_ever += 1;
         let number = log.listeners_ever;
@@ -489,7 +493,7 @@ mod tests {
 
     fn broker() -> Embedded {
         let Config { embedded, history, .. } = Config::load(None, vec![]).unwrap();
-        Embedded::new(&embedded, &history)
+        Embedded::new(&embedded, &history, &Memory::new(0))
     }
 
     fn store(broker: &Embedded, subject: &str) {

@@ -11,33 +11,44 @@ use std::{
 use futures_util::{Stream, task::AtomicWaker};
 
 use super::Hint;
+use crate::memory::{Held, Memory, Part, SMALL_BYTES};
 
 pub(super) struct Mailbox {
     /// Hints that may wait here.
     room: usize,
-    waiting: Mutex<VecDeque<Hint>>,
+    memory: Memory,
+    waiting: Mutex<VecDeque<Waiting>>,
     reader: AtomicWaker,
 }
 
+/// A hint, and what it takes until it is taken.
+struct Waiting {
+    hint: Hint,
+    _held: Held,
+}
+
 impl Mailbox {
-    pub fn new(room: usize) -> Mailbox {
-        Mailbox { room, waiting: Mutex::default(), reader: AtomicWaker::new() }
+    pub fn new(room: usize, memory: &Memory) -> Mailbox {
+        Mailbox { room, memory: memory.clone(), waiting: Mutex::default(), reader: AtomicWaker::new() }
     }
 
-    /// Never waits: when there is no room, everything that waits is lost, and said to be.
+    /// Never waits: when there is no room, or no memory left for a large one, everything that waits is lost, and said to be.
     pub fn put(&self, hint: Hint) {
         let mut waiting = self.waiting();
-        if waiting.len() >= self.room {
+        let bytes = bytes_of(&hint);
+        let hint = if waiting.len() >= self.room || bytes > SMALL_BYTES && self.memory.is_full() {
             waiting.clear();
-            waiting.push_back(Hint::Lost);
+            Hint::Lost
         } else {
-            waiting.push_back(hint);
-        }
+            hint
+        };
+        let _held = self.memory.hold(Part::Hints, bytes);
+        waiting.push_back(Waiting { hint, _held });
         drop(waiting);
         self.reader.wake();
     }
 
-    fn waiting(&self) -> MutexGuard<'_, VecDeque<Hint>> {
+    fn waiting(&self) -> MutexGuard<'_, VecDeque<Waiting>> {
         self.waiting.lock().expect("no panic happens while a mailbox is held")
     }
 }
@@ -45,7 +56,7 @@ impl Mailbox {
 /// The hints of a mailbox, with what ends with them.
 pub(super) struct Received<T> {
     mailbox: Arc<Mailbox>,
-    taken: VecDeque<Hint>,
+    taken: VecDeque<Waiting>,
     _listening: T,
 }
 
@@ -65,8 +76,15 @@ impl<T: Unpin> Stream for Received<T> {
             self.taken = waiting;
         }
         match self.taken.pop_front() {
-            Some(hint) => Poll::Ready(Some(hint)),
+            Some(Waiting { hint, .. }) => Poll::Ready(Some(hint)),
             None => Poll::Pending,
         }
+    }
+}
+
+fn bytes_of(hint: &Hint) -> usize {
+    match hint {
+        Hint::Stored { event, .. } => size_of::<Waiting>() + event.payload.len(),
+        Hint::Lost => 0,
     }
 }

@@ -36,6 +36,10 @@ use crate::{
 
 /// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
 const PATIENCE: Duration = Duration::from_millis(250);
+/// What a client holds of events that it has begun, in bytes, above which it is looked at more often...
+const LARGE_BYTES: usize = 16 * 1024;
+/// ...namely as often as this: where the node is short of memory, a client that has taken so long is let go.
+const LARGE_FOR: Duration = Duration::from_secs(2);
 /// Bytes that a client may send after its request, all ignored, before it is taken for broken.
 const UNASKED_BYTES_MAX: u32 = 64 * 1024;
 /// Pieces that one write carries at most; the kernel takes 1,024.
@@ -49,6 +53,8 @@ pub(super) enum End {
     ClientGone,
     /// It is there, and has taken nothing for longer than is allowed.
     Stalled,
+    /// It is slow to take a large event, and the node is short of memory.
+    Memory,
     WriteFailed,
     Drained,
     /// Drained while its client did not read: within a frame, after which nothing may be written.
@@ -93,6 +99,7 @@ pub(super) struct Turn<'t> {
 /// What waits for room in the socket.
 struct Held {
     words: Words,
+    began: Instant,
     /// When the client last took something.
     since: Instant,
     /// Whether nothing but what had been begun is held any more.
@@ -285,6 +292,7 @@ impl Stream {
             End::ClientClosed
             | End::ClientGone
             | End::Stalled
+            | End::Memory
             | End::WriteFailed
             | End::Cut
             | End::ExpiredUnread
@@ -358,8 +366,11 @@ impl Stream {
                 self.cursor.give_back_after(first.sequence);
             }
         }
+        if common.memory.is_high() && held.is_large() && held.began + LARGE_FOR <= now {
+            return Err(End::Memory);
+        }
         if held.look_at <= now {
-            held.look_at = now + common.sse.heartbeat;
+            held.look_at = now + held.look_every(common);
             self.check_peer(common)?;
         }
         Ok(())
@@ -424,7 +435,17 @@ impl Held {
     fn new(words: Words, since: Instant, common: &Common) -> Held {
         let is_least = words.frames.is_empty();
         let cut_at = common.draining.is_cancelled().then_some(since + common.drain.spread);
-        Held { words, since, is_least, look_at: since + common.sse.heartbeat, cut_at }
+        let mut held = Held { words, began: since, since, is_least, look_at: since, cut_at };
+        held.look_at = since + held.look_every(common);
+        held
+    }
+
+    fn look_every(&self, common: &Common) -> Duration {
+        if self.is_large() { LARGE_FOR.min(common.sse.heartbeat) } else { common.sse.heartbeat }
+    }
+
+    fn is_large(&self) -> bool {
+        self.words.frames.iter().map(|frame| frame.block.len()).sum::<usize>() > LARGE_BYTES
     }
 }
 
@@ -501,6 +522,7 @@ impl End {
             End::ClientClosed => "client-closed",
             End::ClientGone => "client-gone",
             End::Stalled => "stalled",
+            End::Memory => "memory",
             End::WriteFailed => "write-failed",
             End::Drained => "drained",
             End::Cut => "cut",

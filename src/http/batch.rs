@@ -44,6 +44,7 @@ use super::{
 use crate::{
     broker::{Condition, Publication},
     limits::{Caller, Limits, Place, Wait},
+    memory::{Held, Memory, Part},
     metrics::Counted,
     subject::Subject,
 };
@@ -98,7 +99,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     let (behind_proxy, is_announced) = (has(REFUSAL_HEADER), !has(header::TRANSFER_ENCODING.as_str()));
     let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines::new(payload, bytes_max, Toll::new(app.shares.clone(), caller)),
+        lines: Lines::new(payload, bytes_max, Toll::new(app.shares.clone(), caller), &app.memory),
         waiting: FuturesOrdered::new(),
         ended: false,
         sender,
@@ -226,7 +227,9 @@ impl Batch {
                 // Lines that were read are answered; the others are for another node.
                 self.ended = true;
             }
-            let reads = !self.ended && self.waiting.len() < self.app.limits.borrow().batch_window;
+            // Where the node has no memory left, one line at a time.
+            let has_room = self.waiting.is_empty() || !self.app.memory.is_full();
+            let reads = !self.ended && has_room && self.waiting.len() < self.app.limits.borrow().batch_window;
             if !reads && self.waiting.is_empty() {
                 return Next::End;
             }
@@ -251,14 +254,20 @@ impl Batch {
         let number = self.lines.number;
         let line = match line {
             Line::Whole(line) => line,
-            Line::Overlong => {
+            Line::Dropped(Dropped::TooLong) => {
                 let detail = format!("a line has at most {} bytes", self.lines.bytes_max);
                 return self.answer(Answer::Refused(number, ApiError::new(Code::LineTooLong, detail)));
             }
+            Line::Dropped(Dropped::NoMemory) => {
+                let error = ApiError::new(Code::MemoryShort, "this line was not stored; send it again later");
+                return self.answer(Answer::Refused(number, error));
+            }
         };
+        let held = self.app.memory.hold(Part::Batches, line.len());
         match self.publish(line).await {
             Err(error) => self.answer(Answer::Refused(number, error)),
             Ok((subject, receipt)) => self.waiting.push_back(Box::pin(async move {
+                let _held = held;
                 match receipt.await {
                     Ok(published) => Answer::stored(number, &Receipt::new(published, &subject)),
                     Err(error) => Answer::Refused(number, error),
@@ -337,8 +346,9 @@ struct Lines {
     searched: usize,
     /// Of the line read last, from 1.
     number: u64,
-    /// The line that is arriving has been too long for some time; what comes of it is dropped.
-    overlong: bool,
+    /// Why what comes of the line that is arriving is dropped, if it is.
+    dropped: Option<Dropped>,
+    memory: Held,
     bytes_max: usize,
     /// What has been read and is still to be counted.
     held: Option<Line>,
@@ -347,13 +357,20 @@ struct Lines {
 
 enum Line {
     Whole(Bytes),
-    Overlong,
+    Dropped(Dropped),
+}
+
+/// Why a line is not kept.
+#[derive(Clone, Copy)]
+enum Dropped {
+    TooLong,
+    NoMemory,
 }
 
 impl Lines {
-    fn new(payload: web::Payload, bytes_max: usize, toll: Toll) -> Lines {
-        let bytes = BytesMut::new();
-        Lines { payload, bytes, searched: 0, number: 0, overlong: false, bytes_max, held: None, toll }
+    fn new(payload: web::Payload, bytes_max: usize, toll: Toll, memory: &Memory) -> Lines {
+        let (bytes, memory) = (BytesMut::new(), memory.hold(Part::Batches, 0));
+        Lines { payload, bytes, searched: 0, number: 0, dropped: None, memory, bytes_max, held: None, toll }
     }
 
     /// The next line that is not blank, without its end, once it may be published. Breaks at the end of the body, or where
@@ -374,10 +391,11 @@ impl Lines {
                 Some(Ok(piece)) => {
                     self.toll.owe_bytes(piece.len());
                     self.bytes.extend_from_slice(&piece);
+                    self.memory.resize(self.bytes.len());
                 }
                 // A line that broke off with its connection is no line.
                 Some(Err(_)) => return ControlFlow::Break(()),
-                None if self.bytes.is_empty() && !self.overlong => return ControlFlow::Break(()),
+                None if self.bytes.is_empty() && self.dropped.is_none() => return ControlFlow::Break(()),
                 None => {
                     let line = self.bytes.split();
                     self.hold(line);
@@ -394,9 +412,14 @@ impl Lines {
             self.searched = 0;
             return Some(line);
         }
-        self.overlong |= self.bytes.len() > self.bytes_max;
-        if self.overlong {
-            self.bytes.clear();
+        if self.bytes.len() > self.bytes_max {
+            self.dropped = Some(Dropped::TooLong);
+        } else if self.bytes.len() > SMALL_LINE_BYTES && self.memory.memory().is_full() {
+            self.dropped = Some(Dropped::NoMemory);
+        }
+        if self.dropped.is_some() {
+            self.bytes = BytesMut::new();
+            self.memory.resize(0);
         }
         self.searched = self.bytes.len();
         None
@@ -410,8 +433,10 @@ impl Lines {
         if self.number == 1 && line.starts_with(BYTE_ORDER_MARK) {
             line.advance(BYTE_ORDER_MARK.len());
         }
-        self.held = if std::mem::take(&mut self.overlong) || line.len() > self.bytes_max {
-            Some(Line::Overlong)
+        self.held = if let Some(dropped) = self.dropped.take() {
+            Some(Line::Dropped(dropped))
+        } else if line.len() > self.bytes_max {
+            Some(Line::Dropped(Dropped::TooLong))
         } else if line.trim_ascii().is_empty() {
             None
         } else {

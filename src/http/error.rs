@@ -83,6 +83,8 @@ codes! {
     TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "You have no room for another stream";
     TooManyBatchesOfAddress = 429 "too_many_batches_of_address" "This address has no room for another batch";
     TooManyBatchesOfPrincipal = 429 "too_many_batches_of_principal" "You have no room for another batch";
+    TooManyFiltersOfAddress = 429 "too_many_filters_of_address" "Too many filters of open streams of this address";
+    TooManyFiltersOfPrincipal = 429 "too_many_filters_of_principal" "Too many filters of your open streams";
     TooManyPublishes = 429 "too_many_publishes" "You publish too many events a second";
     TooManyBytes = 429 "too_many_bytes" "You publish too many bytes a second";
     HeadTooLarge = 431 "head_too_large" "The request's head is too large";
@@ -90,6 +92,7 @@ codes! {
     BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached";
     BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
     Draining = 503 "draining" "This node is going away";
+    MemoryShort = 503 "memory_short" "This node is short of memory";
     TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
     TooManyBatches = 503 "too_many_batches" "This node has no room for another batch";
     TooManyConnections = 503 "too_many_connections" "This node has no room for another connection";
@@ -241,6 +244,8 @@ impl From<TooMany> for ApiError {
         let code = match too_many {
             TooMany::OfAddress => Code::TooManyStreamsOfAddress,
             TooMany::OfPrincipal => Code::TooManyStreamsOfPrincipal,
+            TooMany::FiltersOfAddress => Code::TooManyFiltersOfAddress,
+            TooMany::FiltersOfPrincipal => Code::TooManyFiltersOfPrincipal,
         };
         ApiError::new(code, "")
     }
@@ -250,8 +255,8 @@ impl From<TooManyBatches> for ApiError {
     fn from(too_many: TooManyBatches) -> ApiError {
         let code = match too_many {
             TooManyBatches::OfNode => Code::TooManyBatches,
-            TooManyBatches::OfEach(TooMany::OfAddress) => Code::TooManyBatchesOfAddress,
-            TooManyBatches::OfEach(TooMany::OfPrincipal) => Code::TooManyBatchesOfPrincipal,
+            TooManyBatches::OfAddress => Code::TooManyBatchesOfAddress,
+            TooManyBatches::OfPrincipal => Code::TooManyBatchesOfPrincipal,
         };
         ApiError::new(code, "")
     }

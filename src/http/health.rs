@@ -8,7 +8,7 @@ use std::{
 use actix_web::{HttpResponse, http::StatusCode, web};
 
 use super::App;
-use crate::{broker::Health, metrics::Now};
+use crate::{broker::Health, memory::Part, metrics::Now};
 
 /// `GET /metrics`
 pub async fn metrics(app: web::Data<App>) -> HttpResponse {
@@ -17,6 +17,8 @@ pub async fn metrics(app: web::Data<App>) -> HttpResponse {
         streams_limit: app.limits.borrow().streams,
         connections_limit: app.limits.borrow().connections,
         broker_down: link.states.iter().filter(|state| state.trouble.is_some()).map(|state| state.name).collect(),
+        memory: Part::ALL.iter().map(|part| (part.as_str(), app.memory.used_by(*part))).collect(),
+        memory_limit: app.memory.limit(),
         broker_connections: link.connections,
         broker_round_trip: link.round_trip,
         runtime_tasks: runtime.num_alive_tasks(),

@@ -56,6 +56,7 @@ use crate::{
     event::EventId,
     hub::Hub,
     limits::{Limits, Place},
+    memory::Memory,
     metrics::{Counted, Metrics},
     subject::Subject,
 };
@@ -79,6 +80,8 @@ pub struct App {
     pub limits: watch::Receiver<config::Limits>,
     /// What one address or principal may have of it.
     pub shares: Limits,
+    /// What all clients together may have.
+    pub memory: Memory,
     pub proxies: Proxies,
     pub debug: Debug,
     /// Under which the admin listener is asked, beside addresses.

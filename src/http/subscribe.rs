@@ -133,7 +133,10 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principa
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
-    let place = app.shares.open_stream(&caller(request, principal))?;
+    if app.memory.is_full() {
+        return Err(ApiError::new(Code::MemoryShort, ""));
+    }
+    let place = app.shares.open_stream(&caller(request, principal), wish.filters.len())?;
     let admission = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
     let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
     let body = if request.method() == Method::HEAD {

@@ -13,6 +13,7 @@ use crate::{
         nats::{Fault, Nats},
     },
     config,
+    memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
     sse::Format,
@@ -38,15 +39,17 @@ fn freeze(pid: u32) {
 async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_event() {
     let server = server::NatsServer::start();
     let config = config::Config::load(None, vec![("audit.interval", "500ms".into())]).unwrap();
-    let broker = Arc::new(Nats::connect(&server.settings(), &config.history, 100_000).await.unwrap());
+    let broker = Arc::new(Nats::connect(&server.settings(), &config.history, 100_000, &Memory::new(0)).await.unwrap());
     let settings = Settings {
         feed: config::Feed { events: 50, ..config.feed },
         history: config.history,
         audit: config.audit,
         write_bytes: 65_536,
+        read_bytes: 1 << 20,
         trusts_hints: false,
     };
-    let hub = Hub::start(broker.clone(), settings, Arc::new(Metrics::new()), Tasks::new(Handle::current()));
+    let hub =
+        Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()));
 
     for connection in ["live", "history"] {
         for fault in [Fault::Panic, Fault::Wait, Fault::Block] {

@@ -22,6 +22,7 @@ use smallvec::SmallVec;
 
 use super::{
     Hub,
+    encoded::Encoder,
     feed::{Reader, Take},
     log::Passage,
     pages::{Ahead, SharedPage},
@@ -32,9 +33,10 @@ use crate::{
     backoff::Backoff,
     broker::{SnapshotPage, SnapshotRead},
     event::{Epoch, Event, EventId},
+    memory::Held,
     metrics::Counted,
     position::{Position, Tag},
-    sse::{self, Block, Format, Framing, GapReason, OwnId},
+    sse::{Block, Format, Framing, GapReason, OwnId},
     subject::Subject,
 };
 
@@ -84,6 +86,7 @@ pub(super) struct Snapshot {
     position: u64,
     ahead: VecDeque<Event>,
     ahead_reached: u64,
+    held: Held,
 }
 
 /// One block for one client.
@@ -100,7 +103,7 @@ pub struct Frame {
 enum Fetched {
     /// A page for one of the places.
     Page(usize, Arc<SharedPage>),
-    SnapshotPage(SnapshotPage),
+    SnapshotPage(SnapshotPage, Held),
     /// A feed was closed; this is where to go on in those that follow.
     Moved(Found),
 }
@@ -138,9 +141,17 @@ impl Drop for Cursor {
 }
 
 impl Snapshot {
-    pub(super) fn new(first: SnapshotPage) -> Snapshot {
-        let SnapshotPage { as_of, events, reached, .. } = first;
-        Snapshot { as_of, position: 0, ahead: events.into(), ahead_reached: reached }
+    pub(super) fn new(first: SnapshotPage, held: Held) -> Snapshot {
+        let mut snapshot = Snapshot { as_of: first.as_of, position: 0, ahead: VecDeque::new(), ahead_reached: 0, held };
+        snapshot.take_over(first);
+        snapshot
+    }
+
+    /// Takes over a page, but for what has been handed over.
+    fn take_over(&mut self, page: SnapshotPage) {
+        self.ahead = page.events.into_iter().filter(|event| event.sequence > self.position).collect();
+        self.ahead_reached = page.reached;
+        self.held.resize(self.ahead.iter().map(|event| size_of::<Event>() + event.payload.len()).sum());
     }
 }
 
@@ -208,6 +219,7 @@ impl Cursor {
         if let Some(snapshot) = &mut self.snapshot {
             (snapshot.position, snapshot.ahead_reached) = (sequence, sequence);
             snapshot.ahead.clear();
+            snapshot.held.resize(0);
             return;
         }
         let place = &mut self.places[self.turn];
@@ -299,6 +311,7 @@ impl Cursor {
     /// What comes next of the snapshot. It is over once its last frames have been followed by another call: until then
     /// they may be given back.
     fn take_snapshot(&mut self) -> Vec<Frame> {
+        let encoder = Encoder { epoch: self.epoch, format: self.format, memory: &self.hub.0.memory };
         let Some(snapshot) = &mut self.snapshot else { return vec![] };
         let bytes_max = self.hub.0.settings.write_bytes;
         let (mut frames, mut bytes) = (vec![], 0);
@@ -308,7 +321,7 @@ impl Cursor {
                 snapshot.ahead.pop_front();
                 continue;
             }
-            let block = sse::event(self.epoch, event, self.format);
+            let block = encoder.encode(event);
             if !frames.is_empty() && bytes + block.len() > bytes_max {
                 break;
             }
@@ -318,6 +331,7 @@ impl Cursor {
             snapshot.ahead.pop_front();
         }
         if frames.is_empty() {
+            snapshot.held.resize(0);
             snapshot.position = snapshot.position.max(snapshot.ahead_reached);
             if snapshot.position < snapshot.as_of {
                 self.fetching = Some(self.fetching.take().unwrap_or_else(|| self.read_snapshot()));
@@ -342,7 +356,7 @@ impl Cursor {
         }
         let skips =
             |subject: &Subject, sequence, stored| self.is_too_early(stored) || self.skips(number, subject, sequence);
-        match place.reader.feed.take(place.position, self.format, bytes_max, skips) {
+        match place.reader.feed.take(place.position, (self.format, &self.hub.0.memory), bytes_max, skips) {
             Take::Passage(passage) => {
                 self.places[number].position = passage.reached;
                 // Before it has once been at the end, what it takes was stored before it came.
@@ -370,11 +384,12 @@ impl Cursor {
     fn take_ahead(&mut self, number: usize) -> Passage {
         let bytes_max = self.hub.0.settings.write_bytes;
         let (mut blocks, mut bytes) = (vec![], 0);
-        while let Some(passage) = self.places[number].ahead.front() {
-            let sequence = passage.event.sequence;
-            let is_too_early = self.is_too_early(passage.event.time);
-            if !passage.has_expired() && !is_too_early && !self.skips(number, &passage.event.subject, sequence) {
-                let block = passage.block(self.epoch, self.format);
+        while let Some(encoded) = self.places[number].ahead.front() {
+            let sequence = encoded.event.sequence;
+            let is_too_early = self.is_too_early(encoded.event.time);
+            if !encoded.has_expired() && !is_too_early && !self.skips(number, &encoded.event.subject, sequence) {
+                let encoder = Encoder { epoch: self.epoch, format: self.format, memory: &self.hub.0.memory };
+                let block = encoded.block(encoder);
                 if !blocks.is_empty() && bytes + block.len() > bytes_max {
                     break;
                 }
@@ -430,15 +445,14 @@ impl Cursor {
                 (self.epoch, self.places, self.turn) = (epoch, places.into_iter().collect(), 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
             }
-            Fetched::SnapshotPage(page) if page.epoch == self.epoch => {
+            Fetched::SnapshotPage(page, held) if page.epoch == self.epoch => {
                 if let Some(snapshot) = &mut self.snapshot {
-                    snapshot.ahead =
-                        page.events.into_iter().filter(|event| event.sequence > snapshot.position).collect();
-                    snapshot.ahead_reached = page.reached;
+                    snapshot.held = held;
+                    snapshot.take_over(page);
                 }
                 None
             }
-            Fetched::SnapshotPage(_) => {
+            Fetched::SnapshotPage(..) => {
                 // Made again: what follows tells it.
                 self.snapshot = None;
                 self.places.iter().for_each(|place| place.reader.retire());
@@ -500,7 +514,7 @@ impl Cursor {
             let mut backoff = Backoff::default();
             loop {
                 match hub.read_snapshot(read.clone()).await {
-                    Ok(page) => return Fetched::SnapshotPage(page),
+                    Ok((page, held)) => return Fetched::SnapshotPage(page, held),
                     Err(error) => tracing::debug!(%error, "reading a snapshot failed"),
                 }
                 backoff.wait().await;

@@ -37,6 +37,7 @@ use tokio::sync::OnceCell;
 
 use super::{
     Hub,
+    encoded::Encoder,
     log::{Content, Doubt, Log, Passage},
     shelf::Readers,
 };
@@ -44,6 +45,7 @@ use crate::{
     backoff::Backoff,
     broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
     event::{Epoch, EventId},
+    memory::{Held, Memory, Part, SMALL_BYTES},
     shutdown::Ending,
     sse::{self, Format, GapReason},
     subject::{Filter, Subject},
@@ -84,6 +86,7 @@ struct State {
 struct Repair {
     waiting: VecDeque<Hint>,
     waiting_bytes: usize,
+    held: Option<Held>,
     doubt: Option<Doubt>,
     /// The event that it is for, if it is for one.
     until: Option<u64>,
@@ -151,7 +154,7 @@ impl Reader {
             // Listen before asking where the stream ends: an event stored in between must not be missed.
             let hints = broker.live(&self.feed.filter).await?;
             let Bounds { epoch, last, time, .. } = broker.bounds().await?;
-            self.feed.state().log = Log::from(last, time);
+            self.feed.state().log = Log::from(last, time, &self.hub.0.memory);
             begun = Some(hints);
             Ok::<_, BrokerError>(epoch)
         };
@@ -238,6 +241,11 @@ impl Feed {
         self.listeners().iter().for_each(Waker::wake_by_ref);
     }
 
+    /// Gives most of the memory of its log back.
+    pub(super) fn shrink(&self) {
+        self.state().log.shrink();
+    }
+
     pub(super) fn proven(&self) -> u64 {
         self.state().log.proven()
     }
@@ -305,18 +313,19 @@ impl Feed {
     pub(super) fn take(
         &self,
         position: u64,
-        format: Format,
+        (format, memory): (Format, &Memory),
         bytes_max: usize,
         skips: impl Fn(&Subject, u64, Timestamp) -> bool,
     ) -> Take {
-        let mut state = self.state();
+        let state = self.state();
         if state.closed {
             return Take::Closed;
         }
         if state.log.has_forgotten(position) {
             return Take::Behind;
         }
-        let passage = state.log.read(position, (self.epoch(), format), bytes_max, skips);
+        let encoder = Encoder { epoch: self.epoch(), format, memory };
+        let passage = state.log.read(position, encoder, bytes_max, skips);
         if passage.reached == position { Take::Nothing } else { Take::Passage(passage) }
     }
 
@@ -375,9 +384,11 @@ impl Feed {
         let (mut doubt, mut heard) = (None, 0);
         for hint in hints {
             heard += 1;
+            // What proves itself need not wait for a read, which may wait for others'.
+            let proves_itself = state.log.is_proven_by(&hint, self.epoch(), self.filter.exact().is_some());
             match &mut state.repair {
-                Some(repair) => repair.keep(hint, &hub.0.settings.feed),
-                None => {
+                Some(repair) if !proves_itself => repair.keep(hint, &hub.0.settings.feed, &hub.0.memory),
+                Some(_) | None => {
                     if let Err(found) = self.consider(hub, &mut state, hint) {
                         state.repair = Some(Repair::of(found));
                         doubt = Some(found);
@@ -446,7 +457,7 @@ impl Feed {
         while !self.is_closed() {
             let from = From::After(self.proven());
             match hub.read_for_feed(Read { filter: self.filter.clone(), from, until: until.unwrap_or(0) }).await {
-                Ok(page) => {
+                Ok((page, _held)) => {
                     let more = page.more;
                     self.absorb(hub, page);
                     if until.map_or(!more, |until| self.proven() >= until) {
@@ -509,6 +520,7 @@ impl Feed {
         }
         if doubt.is_some() {
             repair.waiting_bytes = repair.waiting.iter().map(bytes_of).sum();
+            repair.held.iter_mut().for_each(|held| held.resize(repair.waiting_bytes));
             state.repair = Some(repair);
         }
         let moved = state.log.proven() > before;
@@ -537,10 +549,12 @@ impl Repair {
     }
 
     /// Keeps a hint for later. When there is no room, all of them are read instead.
-    fn keep(&mut self, hint: Hint, limits: &crate::config::Feed) {
+    fn keep(&mut self, hint: Hint, limits: &crate::config::Feed, memory: &Memory) {
         self.waiting_bytes += bytes_of(&hint);
         self.waiting.push_back(hint);
-        if self.waiting.len() > limits.events || self.waiting_bytes > limits.bytes {
+        self.held.get_or_insert_with(|| memory.hold(Part::Hints, 0)).resize(self.waiting_bytes);
+        let is_short = self.waiting_bytes > SMALL_BYTES && memory.is_high();
+        if self.waiting.len() > limits.events || self.waiting_bytes > limits.bytes || is_short {
             *self = Repair { doubt: Some(Doubt::new("overflow")), ..Repair::default() };
         }
     }

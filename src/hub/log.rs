@@ -6,11 +6,13 @@ use std::collections::VecDeque;
 
 use jiff::Timestamp;
 
+use super::encoded::{EncodedEvent, Encoder};
 use crate::{
     broker::Hint,
     config,
     event::{Epoch, Event},
-    sse::{self, Block, Format},
+    memory::{Held, Memory, Part, SMALL_BYTES},
+    sse::Block,
     subject::Subject,
 };
 
@@ -22,6 +24,8 @@ pub(super) struct Log {
     /// Boxed: most feeds hold few, or none, and a queue keeps room for several.
     entries: VecDeque<Box<Entry>>,
     bytes: usize,
+    /// What the entries take as they came: half of `bytes`. `None` before the feed has started.
+    held: Option<Held>,
     base: u64,
     proven: u64,
     /// When the newest event up to `proven` was stored, as far as it is known.
@@ -35,12 +39,7 @@ struct Entry {
 }
 
 pub(super) enum Content {
-    /// Encoded when first asked for in a format, and never again.
-    Event {
-        event: Event,
-        raw: Option<Block>,
-        json: Option<Block>,
-    },
+    Event(EncodedEvent),
     Gap(Block),
 }
 
@@ -71,8 +70,9 @@ impl Doubt {
 impl Log {
     /// A log that knows of nothing, and is complete up to `sequence`.
     /// `newest`: when the last event up to there was stored, or a later one.
-    pub fn from(sequence: u64, newest: Option<Timestamp>) -> Log {
-        Log { base: sequence, proven: sequence, newest, ..Log::default() }
+    pub fn from(sequence: u64, newest: Option<Timestamp>, memory: &Memory) -> Log {
+        let held = Some(memory.hold(Part::Logs, 0));
+        Log { base: sequence, proven: sequence, newest, held, ..Log::default() }
     }
 
     /// How many events it remembers, and what they take.
@@ -109,7 +109,8 @@ impl Log {
 
     /// Takes a hint over if everything up to it is proven: says so, or why not.
     pub fn consider(&mut self, hint: Hint, own: Epoch, is_exact: bool, trusts_hints: bool) -> Result<(), Doubt> {
-        let Hint::Stored { event, previous, epoch } = hint else { return Err(Doubt::new("overflow")) };
+        let proves_itself = self.is_proven_by(&hint, own, is_exact);
+        let Hint::Stored { event, epoch, .. } = hint else { return Err(Doubt::new("overflow")) };
         if epoch != own {
             return Err(Doubt::new("recreated"));
         }
@@ -117,29 +118,54 @@ impl Log {
         if n <= self.proven {
             return Ok(());
         }
-        let chained = is_exact && previous > 0 && previous <= self.proven;
-        if chained || n == self.proven + 1 || trusts_hints {
+        if proves_itself || trusts_hints {
             self.append(Content::event(event), n);
             return Ok(());
         }
         Err(Doubt { cause: "chain", until: Some(n) })
     }
 
+    /// Whether everything up to a hint is proven, the hint's own event included.
+    pub fn is_proven_by(&self, hint: &Hint, own: Epoch, is_exact: bool) -> bool {
+        let Hint::Stored { event, previous, epoch } = hint else { return false };
+        let chained = is_exact && *previous > 0 && *previous <= self.proven;
+        *epoch == own && (event.sequence <= self.proven + 1 || chained)
+    }
+
     /// Appends what comes after everything else, and is all there is up to `sequence`.
     pub fn append(&mut self, content: Content, sequence: u64) {
         let bytes = ENTRY_OVERHEAD_BYTES + content.bytes();
         self.bytes += bytes;
-        if let Content::Event { event, .. } = &content {
-            self.newest = self.newest.max(Some(event.time));
+        if let Content::Event(encoded) = &content {
+            self.newest = self.newest.max(Some(encoded.event.time));
         }
         self.entries.push_back(Box::new(Entry { sequence, bytes, content }));
         self.proven = sequence;
+        self.count();
     }
 
-    /// Forgets the oldest while there is too much; the newest always stays.
+    /// Forgets the oldest while there is too much. The newest stays, unless the node is short of memory.
     pub fn evict(&mut self, limits: &config::Feed) {
+        if self.held.as_ref().is_some_and(|held| held.memory().is_high()) {
+            return self.shrink();
+        }
         while self.entries.len() > 1 && (self.entries.len() > limits.events || self.bytes > limits.bytes) {
-            let oldest = self.entries.pop_front().expect("there are two");
+            self.forget_oldest();
+        }
+        self.count();
+    }
+
+    /// Forgets all but some small events: readers of what is forgotten are served from history.
+    pub fn shrink(&mut self) {
+        while self.bytes > SMALL_BYTES {
+            self.forget_oldest();
+        }
+        self.entries.shrink_to_fit();
+        self.count();
+    }
+
+    fn forget_oldest(&mut self) {
+        if let Some(oldest) = self.entries.pop_front() {
             self.bytes -= oldest.bytes;
             self.base = oldest.sequence;
         }
@@ -148,29 +174,34 @@ impl Log {
     /// Forgets what has a sequence before `first`.
     pub fn forget_before(&mut self, first: u64) {
         while self.entries.front().is_some_and(|oldest| oldest.sequence < first) {
-            let oldest = self.entries.pop_front().expect("there is one");
-            self.bytes -= oldest.bytes;
-            self.base = oldest.sequence;
+            self.forget_oldest();
+        }
+        self.count();
+    }
+
+    fn count(&mut self) {
+        if let Some(held) = &mut self.held {
+            held.resize(self.bytes / 2);
         }
     }
 
     /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
     pub fn read(
-        &mut self,
+        &self,
         position: u64,
-        (epoch, format): (Epoch, Format),
+        encoder: Encoder<'_>,
         bytes_max: usize,
         skips: impl Fn(&Subject, u64, Timestamp) -> bool,
     ) -> Passage {
         let next = self.after(position);
         let (mut blocks, mut bytes, mut reached, mut stored) = (vec![], 0, position, None);
-        for entry in self.entries.range_mut(next..) {
+        for entry in self.entries.range(next..) {
             let is_skipped = entry.event().is_some_and(|event| skips(&event.subject, event.sequence, event.time));
             if entry.has_expired() || is_skipped {
                 reached = entry.sequence;
                 continue;
             }
-            let block = entry.block(epoch, format);
+            let block = entry.block(encoder);
             if !blocks.is_empty() && bytes + block.len() > bytes_max {
                 break;
             }
@@ -193,10 +224,9 @@ impl Log {
 }
 
 impl Entry {
-    /// Whether its sender wants it gone by now. The stream has dropped it; the log has only not forgotten it yet.
     fn has_expired(&self) -> bool {
         match &self.content {
-            Content::Event { event, .. } => event.expires.is_some_and(|at| at <= Timestamp::now()),
+            Content::Event(encoded) => encoded.has_expired(),
             Content::Gap(_) => false,
         }
     }
@@ -207,33 +237,27 @@ impl Entry {
 
     fn event(&self) -> Option<&Event> {
         match &self.content {
-            Content::Event { event, .. } => Some(event),
+            Content::Event(encoded) => Some(&encoded.event),
             Content::Gap(_) => None,
         }
     }
 
-    fn block(&mut self, epoch: Epoch, format: Format) -> Block {
-        match &mut self.content {
+    fn block(&self, encoder: Encoder<'_>) -> Block {
+        match &self.content {
             Content::Gap(block) => block.clone(),
-            Content::Event { event, raw, json } => {
-                let encoded = match format {
-                    Format::Raw => raw,
-                    Format::Json => json,
-                };
-                encoded.get_or_insert_with(|| sse::event(epoch, event, format)).clone()
-            }
+            Content::Event(encoded) => encoded.block(encoder),
         }
     }
 }
 
 impl Content {
     pub fn event(event: Event) -> Content {
-        Content::Event { event, raw: None, json: None }
+        Content::Event(EncodedEvent::new(event))
     }
 
     fn bytes(&self) -> usize {
         match self {
-            Content::Event { event, .. } => 2 * event.payload.len(),
+            Content::Event(encoded) => 2 * encoded.event.payload.len(),
             Content::Gap(block) => block.len(),
         }
     }

@@ -8,6 +8,7 @@
 #[cfg(test)]
 mod broken_connections;
 mod cursor;
+mod encoded;
 mod feed;
 mod log;
 #[cfg(test)]
@@ -45,6 +46,7 @@ use crate::{
     broker::{Bounds, BrokerError, From, Gone, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
     config,
     event::{Epoch, Event},
+    memory::{Held, Memory, Part},
     metrics::Metrics,
     panics,
     shutdown::Tasks,
@@ -62,6 +64,8 @@ mod sync {
 
 /// How often the stream is asked what it has let go of.
 const FORGET: Duration = Duration::from_secs(1);
+/// Logs of feeds are not shrunk more often than this.
+const RECLAIM_PAUSE: Duration = Duration::from_millis(200);
 /// Exact filters that one audit request asks for together.
 const AUDIT_SUBJECTS_MAX: usize = 256;
 
@@ -79,6 +83,7 @@ struct Inner {
     repairs: Semaphore,
     pages: Pages,
     removals: AtomicU64,
+    memory: Memory,
     metrics: Arc<Metrics>,
     tasks: Tasks,
 }
@@ -90,6 +95,8 @@ pub struct Settings {
     pub history: config::History,
     pub audit: config::Audit,
     pub write_bytes: usize,
+    /// What a read of a page takes at most while it is under way, in bytes.
+    pub read_bytes: usize,
     /// Takes every hint for the whole truth and checks nothing, to show that the tests would notice.
     #[cfg(test)]
     pub trusts_hints: bool,
@@ -106,7 +113,7 @@ impl Settings {
 
 impl Hub {
     /// Starts a hub; its tasks are owned and ended by `tasks`.
-    pub fn start(broker: SharedBroker, settings: Settings, metrics: Arc<Metrics>, tasks: Tasks) -> Hub {
+    pub fn start(broker: SharedBroker, settings: Settings, memory: Memory, metrics: Arc<Metrics>, tasks: Tasks) -> Hub {
         let hub = Hub(Arc::new(Inner {
             broker,
             feeds: Shelf::new(),
@@ -115,9 +122,11 @@ impl Hub {
             pages: Pages::new(settings.history.shared_pages),
             removals: AtomicU64::new(0),
             settings,
+            memory,
             metrics,
             tasks: tasks.clone(),
         }));
+        tasks.spawn(hub.clone().reclaim_forever());
         if !hub.0.settings.trusts_hints() {
             let (audited, forgetting) = (hub.clone(), hub.clone());
             tasks.spawn(panics::restarted(move || audited.clone().audit_forever()));
@@ -173,18 +182,24 @@ impl Hub {
         feeds.iter().take(count).map(|feed| feed.seen()).collect()
     }
 
-    /// Reads a page for a feed, in its turn.
-    async fn read_for_feed(&self, read: Read) -> Result<Page, BrokerError> {
+    /// Reads a page for a feed, in its turn. What the page takes is counted by what comes back with it.
+    async fn read_for_feed(&self, read: Read) -> Result<(Page, Held), BrokerError> {
         let _turn = self.0.repairs.acquire().await.expect("the semaphore is never closed");
-        self.0.broker.read(read).await
+        let held = self.room_for_page().await;
+        Ok((self.0.broker.read(read).await?, held))
     }
 
-    /// Reads a page for a client, in its turn.
-    async fn read_history(&self, read: Read) -> Result<Page, BrokerError> {
+    async fn room_for_page(&self) -> Held {
+        self.0.memory.reserve(Part::Pages, self.0.settings.read_bytes).await
+    }
+
+    /// Reads a page for a client, in its turn. What the page takes is counted by what comes back with it.
+    async fn read_history(&self, read: Read) -> Result<(Page, Held), BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
+        let held = self.room_for_page().await;
         let page = self.0.broker.read(read).await?;
         self.count_history(&page.events);
-        Ok(page)
+        Ok((page, held))
     }
 
     /// The page after a place, read once for all clients that come for it at about the same time.
@@ -193,9 +208,10 @@ impl Hub {
             let flight = self.0.pages.flight(filter, after);
             let was_there = flight.initialized();
             let read = || async {
-                let (read_at, read) =
-                    (self.removals(), Read { filter: filter.clone(), from: From::After(after), until: 0 });
-                Ok::<_, BrokerError>(Arc::new(SharedPage::new(self.read_history(read).await?, read_at)))
+                let read_at = self.removals();
+                let read = Read { filter: filter.clone(), from: From::After(after), until: 0 };
+                let (page, held) = self.read_history(read).await?;
+                Ok::<_, BrokerError>(Arc::new(SharedPage::new(page, read_at, held)))
             };
             let page = flight.get_or_try_init(read).await?.clone();
             if page.proven <= after || page.epoch != epoch {
@@ -213,11 +229,12 @@ impl Hub {
     }
 
     /// Reads a page of a snapshot for a client, in its turn.
-    async fn read_snapshot(&self, read: SnapshotRead) -> Result<SnapshotPage, BrokerError> {
+    async fn read_snapshot(&self, read: SnapshotRead) -> Result<(SnapshotPage, Held), BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
+        let held = self.room_for_page().await;
         let page = self.0.broker.snapshot(read).await?;
         self.count_history(&page.events);
-        Ok(page)
+        Ok((page, held))
     }
 
     fn count_history(&self, events: &[Event]) {
@@ -258,6 +275,20 @@ impl Hub {
     /// How often something was removed from the stream: what was read before is not to be delivered any more.
     fn removals(&self) -> u64 {
         self.0.removals.load(Ordering::Acquire)
+    }
+
+    /// Shrinks the logs of feeds when the node is short of memory.
+    async fn reclaim_forever(self) {
+        loop {
+            self.0.memory.until_high().await;
+            if self.0.memory.is_high() {
+                self.0.feeds.all().iter().for_each(|feed| feed.shrink());
+                self.0.pages.forget_all();
+                self.0.metrics.memory_reclaims.inc();
+            }
+            // As long as the node is short, feeds keep little that is new either.
+            tokio::time::sleep(RECLAIM_PAUSE).await;
+        }
     }
 
     /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and

@@ -173,9 +173,15 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
         let broker = Arc::new(Scripted::new(streams));
         let Config { mut feed, history, audit, .. } = Config::load(None, vec![]).unwrap();
         feed.events = 3;
-        let settings = Settings { feed, history, audit, write_bytes: 200, trusts_hints: TRUSTS_HINTS };
+        let settings = Settings { feed, history, audit, write_bytes: 200, read_bytes: 1, trusts_hints: TRUSTS_HINTS };
         let hub = runtime.block_on(async {
-            Hub::start(broker.clone(), settings, Arc::new(Metrics::new()), Tasks::new(Handle::current()))
+            Hub::start(
+                broker.clone(),
+                settings,
+                Memory::new(0),
+                Arc::new(Metrics::new()),
+                Tasks::new(Handle::current()),
+            )
         });
         World { runtime, broker, hub, clients: Default::default() }
     }

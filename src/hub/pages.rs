@@ -5,19 +5,14 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, OnceLock},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
-use crate::{
-    broker::Page,
-    event::{Epoch, Event},
-    sse::{self, Block, Format},
-    subject::Filter,
-};
+use super::encoded::EncodedEvent;
+use crate::{broker::Page, event::Epoch, memory::Held, subject::Filter};
 
 /// A page that nobody has asked for during this time is let go of...
 const UNUSED_MAX: Duration = Duration::from_secs(2);
@@ -41,21 +36,15 @@ struct Recent {
 /// Whoever comes first reads; the others wait for that. If it fails or is dropped, the next one reads.
 pub(super) type Flight = Arc<OnceCell<Arc<SharedPage>>>;
 
-/// A page whose events are encoded when first asked for, and never again.
+/// A page for all who want it.
 pub(super) struct SharedPage {
     pub epoch: Epoch,
     pub first: u64,
     pub proven: u64,
-    pub passages: Vec<Passage>,
+    pub events: Vec<EncodedEvent>,
     /// How often something had been removed from the stream when it was read.
     read_at: u64,
-}
-
-/// One event of a page.
-pub(super) struct Passage {
-    pub event: Event,
-    raw: OnceLock<Block>,
-    json: OnceLock<Block>,
+    _held: Held,
 }
 
 /// What one client has not been handed yet of a page.
@@ -98,6 +87,11 @@ impl Pages {
         self.recent().clear();
     }
 
+    /// Lets go of all pages but those that are being read.
+    pub fn forget_all(&self) {
+        self.recent().retain(|page| !page.flight.initialized());
+    }
+
     /// Lets go of pages that nobody wants any more.
     pub fn tidy(&self) {
         Pages::let_go(&mut self.recent(), Instant::now());
@@ -113,33 +107,19 @@ impl Pages {
 }
 
 impl SharedPage {
-    pub fn new(page: Page, read_at: u64) -> SharedPage {
-        let passage = |event| Passage { event, raw: OnceLock::new(), json: OnceLock::new() };
-        let passages = page.events.into_iter().map(passage).collect();
-        SharedPage { epoch: page.epoch, first: page.first, proven: page.proven, passages, read_at }
-    }
-}
-
-impl Passage {
-    pub fn block(&self, epoch: Epoch, format: Format) -> Block {
-        let encoded = match format {
-            Format::Raw => &self.raw,
-            Format::Json => &self.json,
-        };
-        encoded.get_or_init(|| sse::event(epoch, &self.event, format)).clone()
-    }
-
-    /// Whether its sender wants it gone by now.
-    pub fn has_expired(&self) -> bool {
-        self.event.expires.is_some_and(|at| at <= Timestamp::now())
+    /// A page with what counts its bytes, read when something had been removed from the stream so often.
+    pub fn new(page: Page, read_at: u64, mut held: Held) -> SharedPage {
+        held.resize(page.events.iter().map(|event| size_of::<EncodedEvent>() + event.payload.len()).sum());
+        let events = page.events.into_iter().map(EncodedEvent::new).collect();
+        SharedPage { epoch: page.epoch, first: page.first, proven: page.proven, events, read_at, _held: held }
     }
 }
 
 impl Ahead {
     /// What a page has after `position`.
     pub fn after(page: Arc<SharedPage>, position: u64) -> Ahead {
-        let next = page.passages.partition_point(|passage| passage.event.sequence <= position);
-        if next == page.passages.len() { Ahead::default() } else { Ahead { page: Some(page), next } }
+        let next = page.events.partition_point(|encoded| encoded.event.sequence <= position);
+        if next == page.events.len() { Ahead::default() } else { Ahead { page: Some(page), next } }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -151,14 +131,14 @@ impl Ahead {
         self.page.as_ref().is_some_and(|page| page.read_at < removals)
     }
 
-    pub fn front(&self) -> Option<&Passage> {
-        self.page.as_ref().map(|page| &page.passages[self.next])
+    pub fn front(&self) -> Option<&EncodedEvent> {
+        self.page.as_ref().map(|page| &page.events[self.next])
     }
 
     /// Goes on to the next; the page is let go of behind the last one.
     pub fn advance(&mut self) {
         self.next += 1;
-        if self.page.as_ref().is_some_and(|page| self.next == page.passages.len()) {
+        if self.page.as_ref().is_some_and(|page| self.next == page.events.len()) {
             self.page = None;
         }
     }

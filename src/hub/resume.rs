@@ -24,6 +24,7 @@ use super::{
 use crate::{
     broker::{BrokerError, From, Page, Read, SnapshotRead},
     event::Epoch,
+    memory::Held,
     position::Position,
     sse::{self, Block, Format, GapReason},
     subject::Filter,
@@ -151,13 +152,14 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
                 }
                 Some(from) => {
                     let read_at = hub.removals();
-                    let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
+                    let read = Read { filter: reader.feed.filter.clone(), from, until: 0 };
+                    let (page, held) = hub.read_history(read).await?;
                     if page.epoch != epoch {
                         reader.retire();
                         continue 'again;
                     }
                     is_whole &= begins_within_what_is_kept(hub, from, &page).await?;
-                    begin_with(reader, page, read_at)
+                    begin_with(reader, page, read_at, held)
                 }
             });
         }
@@ -206,7 +208,7 @@ async fn begins_within_what_is_kept(hub: &Hub, from: From, page: &Page) -> Resul
         From::Time(time) => {
             let everything = Filter::parse(">").expect("it is one");
             let oldest = hub.read_shared(page.epoch, &everything, page.first - 1).await?;
-            Ok(oldest.passages.first().is_some_and(|oldest| oldest.event.time < time))
+            Ok(oldest.events.first().is_some_and(|oldest| oldest.event.time < time))
         }
     }
 }
@@ -214,24 +216,25 @@ async fn begins_within_what_is_kept(hub: &Hub, from: From, page: &Page) -> Resul
 async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<Found, BrokerError> {
     loop {
         let (epoch, readers) = hub.started(filters).await?;
-        let page = hub.read_snapshot(SnapshotRead { filters: filters.to_vec(), after: 0, as_of: None }).await?;
+        let read = SnapshotRead { filters: filters.to_vec(), after: 0, as_of: None };
+        let (page, held) = hub.read_snapshot(read).await?;
         if page.epoch != epoch {
             readers.iter().for_each(Reader::retire);
             continue;
         }
         // Where the places are once the snapshot has been handed over.
         let places = readers.into_iter().map(|reader| Place::new(reader, page.as_of)).collect();
-        return Ok(Found { snapshot: Some(Snapshot::new(page)), ..Found::at(epoch, places) });
+        return Ok(Found { snapshot: Some(Snapshot::new(page, held)), ..Found::at(epoch, places) });
     }
 }
 
 /// A place before the first event of the page that is read first.
-fn begin_with(reader: Reader, page: Page, read_at: u64) -> Place {
+fn begin_with(reader: Reader, page: Page, read_at: u64, held: Held) -> Place {
     // What expired while the page was read may leave holes below the oldest kept: begin there.
     let (first, proven) = (page.first, page.proven);
-    let ahead = Ahead::after(Arc::new(SharedPage::new(page, read_at)), first.saturating_sub(1));
+    let ahead = Ahead::after(Arc::new(SharedPage::new(page, read_at, held)), first.saturating_sub(1));
     let position = match ahead.front() {
-        Some(passage) => passage.event.sequence - 1,
+        Some(encoded) => encoded.event.sequence - 1,
         None => proven.max(first - 1),
     };
     let mut place = Place::new(reader, position);
@@ -316,12 +319,12 @@ async fn rewound(
     for place in places {
         let reader = place.reader;
         let read_at = hub.removals();
-        let page = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
+        let (page, held) = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
         if page.epoch != epoch {
             reader.retire();
             return Ok(None);
         }
-        found.push(begin_with(reader, page, read_at));
+        found.push(begin_with(reader, page, read_at, held));
     }
     let gap = (position.to_string(), GapReason::Rewound);
     Ok(Some(Found { gap: Some(gap), ..Found::at(epoch, found) }))

@@ -78,7 +78,7 @@ fn publication(subject: &str) -> Publication {
 
 fn embedded(events: usize) -> Embedded {
     let config = config();
-    Embedded::new(&config::Embedded { events, ..config.embedded }, &config.history)
+    Embedded::new(&config::Embedded { events, ..config.embedded }, &config.history, &Memory::new(0))
 }
 
 fn config() -> Config {
@@ -168,9 +168,9 @@ impl Broker for Faulty {
 
 fn hub(broker: &Arc<Faulty>, change: impl FnOnce(&mut Settings)) -> Hub {
     let Config { feed, history, audit, .. } = config();
-    let mut settings = Settings { feed, history, audit, write_bytes: 65_536, trusts_hints: false };
+    let mut settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, trusts_hints: false };
     change(&mut settings);
-    Hub::start(broker.clone(), settings, Arc::new(Metrics::new()), Tasks::new(Handle::current()))
+    Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()))
 }
 
 fn from(at: StartAt) -> Start {
@@ -643,9 +643,9 @@ async fn feeds_that_come_and_go_on_many_threads_lose_nothing_and_leave_nothing()
     let broker = Arc::new(embedded(100_000));
     let Config { mut feed, history, audit, .. } = config();
     feed.linger = Duration::from_millis(1);
-    let settings = Settings { feed, history, audit, write_bytes: 65_536, trusts_hints: false };
+    let settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, trusts_hints: false };
     let metrics = Arc::new(Metrics::new());
-    let hub = Hub::start(broker.clone(), settings, metrics.clone(), Tasks::new(Handle::current()));
+    let hub = Hub::start(broker.clone(), settings, Memory::new(0), metrics.clone(), Tasks::new(Handle::current()));
     let mut clients = tokio::task::JoinSet::new();
     for client in 0..8 {
         let (hub, broker) = (hub.clone(), broker.clone());

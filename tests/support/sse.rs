@@ -198,7 +198,11 @@ impl EventStream {
 
     /// The next event, passing over all else.
     pub fn next(&mut self) -> Event {
-        let until = Instant::now() + PATIENCE;
+        self.next_until(Instant::now() + PATIENCE)
+    }
+
+    /// The same, where it may take long.
+    pub fn next_until(&mut self, until: Instant) -> Event {
         loop {
             match self.signal_until(until) {
                 Some(Signal::Event(event)) => return event,
@@ -244,6 +248,11 @@ impl EventStream {
     pub fn signal(&mut self) -> Signal {
         self.signal_until(Instant::now() + PATIENCE)
             .unwrap_or_else(|| panic!("the stream ends; before that: {:?}", self.seen))
+    }
+
+    /// Throws away what comes next; whether there was anything.
+    pub fn skip_until(&mut self, until: Instant) -> bool {
+        matches!(self.connection.piece_or_cut(until), Ok(Some(_)))
     }
 
     /// Everything up to the end of the stream, which must come soon.

@@ -38,6 +38,7 @@ use crate::{
     },
     config::{self, NatsStream},
     event::{Epoch, Event},
+    memory::Memory,
     nats::{Client, Message, Subscription},
     subject::Filter,
 };
@@ -61,11 +62,13 @@ impl Live {
         connector: &Connector,
         settings: &config::Nats,
         known: Arc<Known>,
+        memory: &Memory,
     ) -> Result<Live, StartError> {
         let names = &settings.stream;
         let advisories = format!("$JS.EVENT.ADVISORY.STREAM.*.{}", names.name);
         let client = Client::new(connector.options("live"), vec![advisories]);
-        let router = Arc::new(Router::new(names.clone(), settings.subscription_messages, known, client.clone()));
+        let router =
+            Arc::new(Router::new(names.clone(), settings.subscription_messages, memory, known, client.clone()));
         Ok(Live {
             kept: supervise::keep("live", connector, client, router.clone()).await?,
             router,
@@ -100,6 +103,7 @@ pub(super) struct Router {
     names: NatsStream,
     /// Hints that may wait for one feed.
     room: usize,
+    memory: Memory,
     known: Arc<Known>,
     client: Client,
     state: Mutex<State>,
@@ -176,14 +180,15 @@ impl Drop for Subscribed {
 type Begun = (Received<Subscribed>, oneshot::Receiver<()>);
 
 impl Router {
-    fn new(names: NatsStream, room: usize, known: Arc<Known>, client: Client) -> Router {
-        Router { names, room, known, client, state: Mutex::default(), questions: watch::Sender::new(0) }
+    fn new(names: NatsStream, room: usize, memory: &Memory, known: Arc<Known>, client: Client) -> Router {
+        let memory = memory.clone();
+        Router { names, room, memory, known, client, state: Mutex::default(), questions: watch::Sender::new(0) }
     }
 
     /// `None` while there is no connection.
     fn subscribe(self: &Arc<Router>, filter: &Filter, subject: String) -> Option<Begun> {
         let sid = self.client.new_sid();
-        let mailbox = Arc::new(Mailbox::new(self.room));
+        let mailbox = Arc::new(Mailbox::new(self.room, &self.memory));
         // Before the server is told, so that nothing comes for nobody.
         self.state().feeds.insert(sid, FeedEntry { filter: filter.clone(), mailbox: mailbox.clone() });
         let Some((subscription, confirmed)) = self.client.subscribe(sid, subject) else {
@@ -306,7 +311,8 @@ mod tests {
         let settings = crate::config::Config::load(None, vec![]).unwrap().nats;
         let options = Connector::parse(&config::Nats { url: "nats://none".into(), ..settings.clone() }).unwrap();
         let client = Client::new(options.options("test"), vec![]);
-        let router = Arc::new(Router::new(settings.stream, ROOM, Arc::new(Known::new(&stream(0))), client));
+        let router =
+            Arc::new(Router::new(settings.stream, ROOM, &Memory::new(0), Arc::new(Known::new(&stream(0))), client));
         router.connected();
         router.ready();
         router.settle(1);
@@ -315,7 +321,7 @@ mod tests {
 
     /// Hints on this filter, under the first number.
     fn subscribe(router: &Router, filter: &str) -> Received<()> {
-        let (filter, mailbox) = (Filter::parse(filter).unwrap(), Arc::new(Mailbox::new(ROOM)));
+        let (filter, mailbox) = (Filter::parse(filter).unwrap(), Arc::new(Mailbox::new(ROOM, &Memory::new(0))));
         router.state().feeds.insert(1, FeedEntry { filter, mailbox: mailbox.clone() });
         Received::new(mailbox, ())
     }

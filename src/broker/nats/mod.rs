@@ -54,7 +54,9 @@ use super::{
     Publication, Publish, PublishError, Read, SnapshotPage, SnapshotRead,
 };
 use crate::{
-    config, nats, panics,
+    config,
+    memory::Memory,
+    nats, panics,
     subject::{Filter, Subject},
 };
 
@@ -93,6 +95,7 @@ impl Nats {
         settings: &config::Nats,
         history: &config::History,
         event_bytes: usize,
+        memory: &Memory,
     ) -> Result<Nats, StartError> {
         let connector = Arc::new(Connector::parse(settings)?);
         let names = &settings.stream;
@@ -106,7 +109,7 @@ impl Nats {
         let pages = nats::Requests::new(connector.options("history"), connector::INBOX);
         let (client, handler) = (pages.client().clone(), Arc::new(pages.clone()));
         let to_history = supervise::keep("history", &connector, client, handler).await?;
-        let live = Live::connect(&connector, settings, leader.known().clone()).await?;
+        let live = Live::connect(&connector, settings, leader.known().clone(), memory).await?;
 
         let requirements = Requirements::new(names.clone(), event_bytes);
         let monitored = (leader.clone(), Arc::new(requirements), live.router());
