@@ -12,6 +12,7 @@
 //! take turns of a few seconds, so that whatever else the machine does falls on each of them: absolute times are worth
 //! little, their ratios more. Clients check what they get: each event, once, in order; a run in which they don't fails.
 
+mod budget;
 mod floor;
 mod process;
 mod publishing;
@@ -38,6 +39,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("storm", || storm(10_000, 10, 100)),
     ("publish", publishing::compare),
     ("senders", senders::compare),
+    ("budget", budget::compare),
     ("stalled", || stalled(1_000, 2_000)),
     ("reads", || reads::compare(100_000)),
 ];
