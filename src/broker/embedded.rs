@@ -5,7 +5,7 @@
 //!
 //! # The lock
 //! One lock guards the log, and publishing waits for it. So nothing holds it for long, whatever it has to look at: reads
-//! and removals go in steps of [`STEP_EVENTS`]. A read copies a step's events, which costs a count of references each, and
+//! and removals go in steps of `STEP_EVENTS`. A read copies a step's events, which costs a count of references each, and
 //! holds them against its filters when it has let go of the log. The log that it finds at its next step has grown at its
 //! end and lost some of its beginning, which is what `first` tells.
 
