@@ -279,7 +279,7 @@ impl Stream {
 
     fn leave_later(&mut self, turn: &Turn<'_>) {
         self.drains = true;
-        self.beat_at = turn.now + turn.common.drain.spread.mul_f64(rand::rng().random_range(0.0..1.0));
+        self.beat_at = turn.now + moment_within(turn.common.drain.spread);
     }
 
     /// Says why it ends, where its client is to know, and lets go of everything. The body gets no last chunk: there is
@@ -511,6 +511,11 @@ impl Words {
     }
 }
 
+/// A moment within `spread`, another one for each stream, so that clients of a node that drains do not return together.
+fn moment_within(spread: Duration) -> Duration {
+    spread.mul_f64(rand::rng().random_range(0.0..1.0))
+}
+
 /// By two clocks: the broker's and this node's.
 fn seconds_since(stored: Timestamp) -> f64 {
     Timestamp::now().duration_since(stored).as_secs_f64().max(0.0)
@@ -530,5 +535,20 @@ impl End {
             End::Expired | End::ExpiredUnread => "token-expired",
             End::Failed => "failed",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streams_of_a_node_that_drains_end_all_over_the_time_that_is_left() {
+        let spread = Duration::from_secs(10);
+        let mut tenths = [0; 10];
+        for _ in 0..10_000 {
+            tenths[moment_within(spread).as_secs() as usize] += 1;
+        }
+        assert!(tenths.iter().all(|count| (800..1200).contains(count)), "{tenths:?}");
     }
 }
