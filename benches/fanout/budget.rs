@@ -31,7 +31,8 @@ struct Attack {
 fn attacks() -> Vec<Attack> {
     let feeds = |stream| (0..64).map(move |number| format!("s{stream}.n{number}"));
     let query = |stream| format!("/events?subject={}", feeds(stream).collect::<Vec<_>>().join("&subject="));
-    let tokens = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    // More of them are more than one connection to NATS carries: the server closes it as too slow.
+    let tokens = ["a", "b", "c", "d", "e"];
     let deep = |stars: usize| {
         let token = |(at, token): (usize, &&'static str)| if stars >> at & 1 == 1 { "*" } else { *token };
         tokens.iter().enumerate().map(token).collect::<Vec<_>>().join(".")
@@ -46,8 +47,8 @@ fn attacks() -> Vec<Attack> {
             reads: true,
         },
         Attack {
-            name: "256 filters over one subject",
-            targets: (0..256).map(|stars| format!("/events/{}", deep(stars))).collect(),
+            name: "32 filters over one subject",
+            targets: (0..32).map(|stars| format!("/events/{}", deep(stars))).collect(),
             subjects: vec![deep(0)],
             reads: true,
         },
