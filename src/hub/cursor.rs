@@ -347,7 +347,7 @@ impl Cursor {
     fn take_at(&mut self, number: usize) -> Option<Passage> {
         let place = &self.places[number];
         let bytes_max = self.hub.0.settings.write_bytes;
-        if place.ahead.is_stale(self.hub.removals()) {
+        if place.ahead.is_stale(self.hub.removals(), self.hub.oldest()) {
             self.places[number].ahead = Ahead::default();
         }
         let place = &self.places[number];

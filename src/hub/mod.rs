@@ -82,7 +82,10 @@ struct Inner {
     /// The same for feeds, which readers wait for, so that neither stands in the other's line.
     repairs: Semaphore,
     pages: Pages,
+    /// How often events were removed singly: what was read before may hold some of them.
     removals: AtomicU64,
+    /// The oldest sequence that the stream still had when it was last asked.
+    oldest: AtomicU64,
     memory: Memory,
     metrics: Arc<Metrics>,
     tasks: Tasks,
@@ -121,6 +124,7 @@ impl Hub {
             repairs: Semaphore::new(settings.history.concurrency),
             pages: Pages::new(settings.history.shared_pages),
             removals: AtomicU64::new(0),
+            oldest: AtomicU64::new(0),
             settings,
             memory,
             metrics,
@@ -194,12 +198,14 @@ impl Hub {
     }
 
     /// Reads a page for a client, in its turn. What the page takes is counted by what comes back with it.
-    async fn read_history(&self, read: Read) -> Result<(Page, Held), BrokerError> {
+    async fn read_history(&self, read: Read) -> Result<(Page, u64, Held), BrokerError> {
         let _turn = self.0.history.acquire().await.expect("the semaphore is never closed");
         let held = self.room_for_page().await;
+        // Behind all waits: a page that was waited for is not older than its read.
+        let read_at = self.removals();
         let page = self.0.broker.read(read).await?;
         self.count_history(&page.events);
-        Ok((page, held))
+        Ok((page, read_at, held))
     }
 
     /// The page after a place, read once for all clients that come for it at about the same time.
@@ -208,9 +214,8 @@ impl Hub {
             let flight = self.0.pages.flight(filter, after);
             let was_there = flight.initialized();
             let read = || async {
-                let read_at = self.removals();
                 let read = Read { filter: filter.clone(), from: From::After(after), until: 0 };
-                let (page, held) = self.read_history(read).await?;
+                let (page, read_at, held) = self.read_history(read).await?;
                 Ok::<_, BrokerError>(Arc::new(SharedPage::new(page, read_at, held)))
             };
             let page = flight.get_or_try_init(read).await?.clone();
@@ -264,17 +269,24 @@ impl Hub {
             }
             // Those that are gone singly don't say which they are, and the oldest may have gone meanwhile.
             let is_prefix = gone.singly == 0 && before.singly == 0;
-            self.0.removals.fetch_add(1, Ordering::AcqRel);
-            self.0.pages.clear();
-            for feed in self.0.feeds.all() {
-                feed.forget_before(if is_prefix { gone.first } else { u64::MAX });
+            self.0.oldest.store(gone.first, Ordering::Release);
+            // A stream at its limits drops its oldest all the time: pages of what it keeps stay.
+            if !is_prefix {
+                self.0.removals.fetch_add(1, Ordering::AcqRel);
             }
+            let kept_from = if is_prefix { gone.first } else { u64::MAX };
+            self.0.pages.forget_before(kept_from);
+            self.0.feeds.all().iter().for_each(|feed| feed.forget_before(kept_from));
         }
     }
 
     /// How often something was removed from the stream: what was read before is not to be delivered any more.
     fn removals(&self) -> u64 {
         self.0.removals.load(Ordering::Acquire)
+    }
+
+    fn oldest(&self) -> u64 {
+        self.0.oldest.load(Ordering::Acquire)
     }
 
     /// Shrinks the logs of feeds when the node is short of memory.

@@ -82,9 +82,9 @@ impl Pages {
         self.recent().retain(|page| !Arc::ptr_eq(&page.flight, flight));
     }
 
-    /// Lets go of all pages: something that they hold may be gone.
-    pub fn clear(&self) {
-        self.recent().clear();
+    /// Lets go of pages that may hold something from before this sequence.
+    pub fn forget_before(&self, first: u64) {
+        self.recent().retain(|page| page.after.saturating_add(1) >= first);
     }
 
     /// Lets go of all pages but those that are being read.
@@ -127,8 +127,9 @@ impl Ahead {
     }
 
     /// Whether something that it holds may have been removed from the stream since.
-    pub fn is_stale(&self, removals: u64) -> bool {
-        self.page.as_ref().is_some_and(|page| page.read_at < removals)
+    pub fn is_stale(&self, removals: u64, oldest: u64) -> bool {
+        let is_gone = |page: &SharedPage| page.events[self.next].event.sequence < oldest;
+        self.page.as_ref().is_some_and(|page| page.read_at < removals || is_gone(page))
     }
 
     pub fn front(&self) -> Option<&EncodedEvent> {

@@ -151,9 +151,8 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
                     Place::new(reader, now)
                 }
                 Some(from) => {
-                    let read_at = hub.removals();
                     let read = Read { filter: reader.feed.filter.clone(), from, until: 0 };
-                    let (page, held) = hub.read_history(read).await?;
+                    let (page, read_at, held) = hub.read_history(read).await?;
                     if page.epoch != epoch {
                         reader.retire();
                         continue 'again;
@@ -318,8 +317,8 @@ async fn rewound(
     let mut found = vec![];
     for place in places {
         let reader = place.reader;
-        let read_at = hub.removals();
-        let (page, held) = hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
+        let (page, read_at, held) =
+            hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
         if page.epoch != epoch {
             reader.retire();
             return Ok(None);
