@@ -6,8 +6,11 @@
 
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /src
+# For jemalloc.
+RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 # The dependencies are a layer of their own, which only Cargo.toml and Cargo.lock renew.
 COPY Cargo.toml Cargo.lock ./
+COPY .cargo .cargo
 RUN mkdir -p src benches/fanout \
     && echo 'fn main() {}' > src/main.rs \
     && cp src/main.rs benches/fanout/main.rs \

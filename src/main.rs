@@ -20,6 +20,10 @@ use tidegate::{
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+#[cfg(feature = "jemalloc")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// How the program ends, as sysexits.h numbers it.
 #[derive(Clone, Copy)]
 enum Exit {
