@@ -9,6 +9,9 @@
 //! | [high](Memory::is_high): above three quarters | feeds keep only small events, and other readers are served from history; streams end whose clients have been slow to take a large event |
 //! | [full](Memory::is_full): above fifteen sixteenths | new streams are refused, live events are not kept until they are looked at, but read again |
 //!
+//! Large live events that wait to be looked at have a quarter of the budget at most; what is beyond is read again. (64 filters that
+//! match one subject are 64 copies of each of its events.)
+//!
 //! Reads of history wait for [room](Memory::reserve) before the budget is high, so that they leave room for live events.
 //!
 //! Bytes of encoded events are counted once, however many clients wait for them: they count for as long as anybody holds them.
@@ -119,6 +122,12 @@ impl Memory {
     /// Whether nothing new is to be begun.
     pub fn is_full(&self) -> bool {
         self.0.used.load(Ordering::Relaxed) > self.limit() / 16 * 15
+    }
+
+    /// Whether a part is not to hold so many bytes more: nothing new is to be begun, or the part would have more than a quarter
+    /// of the budget. For what can be had again.
+    pub fn is_full_for(&self, part: Part, bytes: usize) -> bool {
+        self.is_full() || self.used_by(part) + bytes > self.limit() / 4
     }
 
     /// Counts bytes that are held from now on.

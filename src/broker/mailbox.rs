@@ -32,11 +32,12 @@ impl Mailbox {
         Mailbox { room, memory: memory.clone(), waiting: Mutex::default(), reader: AtomicWaker::new() }
     }
 
-    /// Never waits: when there is no room, or no memory left for a large one, everything that waits is lost, and said to be.
+    /// Never waits. Where the mailbox is full, or the node has no memory left for a large hint, the hints that wait are dropped,
+    /// and [`Hint::Lost`] takes their place.
     pub fn put(&self, hint: Hint) {
         let mut waiting = self.waiting();
         let bytes = bytes_of(&hint);
-        let hint = if waiting.len() >= self.room || bytes > SMALL_BYTES && self.memory.is_full() {
+        let hint = if waiting.len() >= self.room || bytes > SMALL_BYTES && self.memory.is_full_for(Part::Hints, bytes) {
             waiting.clear();
             Hint::Lost
         } else {
