@@ -315,9 +315,20 @@ fn an_address_has_so_many_connections() {
     let mut idle: Vec<_> = (0..3).map(|_| connect_from(&gateway, 2)).collect();
     assert!(idle.iter_mut().all(|connection| ask(connection) == 404));
 
-    assert_eq!(connect_from(&gateway, 2).rest(), b"", "closed at once");
+    let mut refused = connect_from(&gateway, 2);
+    refused.send("/nowhere");
+    let response = refused.response();
+    assert_eq!((response.status, &response.json()["code"]), (503, &"too_many_connections".into()), "{response:?}");
+    assert!(response.text().contains("limits.address_connections"), "{response:?}");
+    assert_eq!(refused.rest(), b"");
     assert_eq!(ask(&mut connect_from(&gateway, 3)), 404);
     gateway.wait_for_metric("tidegate_connections_refused_total", 1.0);
+
+    // Many that say nothing are refused at the same time, and those beyond are closed at once.
+    let silent: Vec<_> = (0..200).map(|_| connect_from(&gateway, 2)).collect();
+    gateway.wait_for_metric("tidegate_connections_refused_total", 201.0);
+    assert_eq!(ask(&mut connect_from(&gateway, 3)), 404);
+    drop(silent);
 
     // A stream is none of them any more.
     let _streams: Vec<_> = idle.drain(..).map(|connection| EventStream::open(connection, "/events/demo")).collect();

@@ -82,8 +82,8 @@ pub struct Slot {
     socket: RefCell<Option<TcpStream>>,
     flushed: Cell<bool>,
     waker: RefCell<Option<Waker>>,
-    /// Whether there is no room for this connection, so that its requests are refused.
-    is_surplus: Cell<bool>,
+    /// Why there is no room for this connection, so that its requests are refused.
+    refusal: Cell<Option<&'static str>>,
     /// When nothing more is read.
     end: RefCell<Option<Pin<Box<Sleep>>>>,
     /// Requests whose head has been read.
@@ -154,13 +154,13 @@ impl Slot {
     }
 
     /// Has its first request refused, which may take so long to come.
-    pub async fn refuse_within(&self, limit: Duration) {
-        self.is_surplus.set(true);
+    pub async fn refuse_within(&self, limit: Duration, why: &'static str) {
+        self.refusal.set(Some(why));
         self.end_after(limit).await;
     }
 
-    pub fn is_surplus(&self) -> bool {
-        self.is_surplus.get()
+    pub fn refusal(&self) -> Option<&'static str> {
+        self.refusal.get()
     }
 
     fn has_ended(&self, cx: &mut Context<'_>) -> bool {
@@ -175,7 +175,7 @@ impl Connection {
             socket: RefCell::new(Some(socket)),
             flushed: Cell::new(false),
             waker: RefCell::default(),
-            is_surplus: Cell::new(false),
+            refusal: Cell::new(None),
             end: RefCell::default(),
             requests: Cell::new(0),
             unanswered: Cell::new(0),

@@ -95,7 +95,7 @@ codes! {
     MemoryShort = 503 "memory_short" "This node is short of memory";
     TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
     TooManyBatches = 503 "too_many_batches" "This node has no room for another batch";
-    TooManyConnections = 503 "too_many_connections" "This node has no room for another connection";
+    TooManyConnections = 503 "too_many_connections" "Too many connections";
     KeysUnavailable = 503 "keys_unavailable" "The keys that verify tokens can't be read now";
     OutcomeUnknown = 504 "outcome_unknown" "The event may or may not have been stored";
 }

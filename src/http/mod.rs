@@ -307,7 +307,12 @@ impl App {
     /// Lets one more connection of this peer in, if only to be refused. `None` if it is to be closed at once.
     async fn let_in(self: Arc<App>, socket: TcpStream, peer: IpAddr) -> Option<Connection> {
         let place = self.place_for(peer);
-        let entry = if place.is_some() { self.room.enter().await } else { None };
+        let (entry, why) = match place.is_some() {
+            true => (self.room.enter().await, "the node has as many connections as it takes (limits.connections)"),
+            false => {
+                (self.room.refuse(), "this address has as many connections as it may (limits.address_connections)")
+            }
+        };
         if let Some(Entry::Served(permit)) = entry {
             let counted = Counted::in_gauge(&self.metrics.connections);
             return Some(Connection::new(socket, (place, permit, counted), self));
@@ -315,7 +320,7 @@ impl App {
         self.metrics.connections_refused.inc();
         let Some(Entry::Refused(permit)) = entry else { return None };
         let connection = Connection::new(socket, (place, permit), self);
-        connection.slot().refuse_within(REFUSAL_WITHIN).await;
+        connection.slot().refuse_within(REFUSAL_WITHIN, why).await;
         Some(connection)
     }
 

@@ -57,10 +57,10 @@ pub async fn escort(
     let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
     request.extensions_mut().insert(visit);
-    let is_surplus = request.request().conn_data::<Rc<Slot>>().is_some_and(|slot| slot.is_surplus());
-    let checked = match is_surplus {
-        true => Err(ApiError::new(Code::TooManyConnections, "")),
-        false => check_head(request.head(), &app.limits.borrow()),
+    let refusal = request.request().conn_data::<Rc<Slot>>().and_then(|slot| slot.refusal());
+    let checked = match refusal {
+        Some(why) => Err(ApiError::new(Code::TooManyConnections, why)),
+        None => check_head(request.head(), &app.limits.borrow()),
     };
     let mut response = match checked {
         Ok(()) => next.call(request).await?,

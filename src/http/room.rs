@@ -12,6 +12,9 @@ use crate::config;
 
 /// More may wait than workers are to accept: they count with some delay.
 const OVERSHOOT: usize = 16;
+/// Connections of addresses that have too many, which are refused at the same time. More are closed at once, so that one
+/// address can't take what others wait in.
+const REFUSALS: usize = 64;
 /// How long a connection waits for room.
 const WAIT: Duration = Duration::from_secs(1);
 /// How long one that found none may take to send its request.
@@ -22,6 +25,7 @@ pub const REFUSAL_WITHIN: Duration = Duration::from_secs(1);
 pub struct Room {
     connections: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
+    refusals: Arc<Semaphore>,
 }
 
 /// What a connection is let in for.
@@ -36,6 +40,7 @@ impl Room {
         Room {
             connections: semaphore(limits.connections),
             waiting: semaphore(limits.waiting_connections() + OVERSHOOT),
+            refusals: semaphore(REFUSALS),
         }
     }
 
@@ -49,6 +54,11 @@ impl Room {
             Ok(Ok(permit)) => Some(Entry::Served(permit)),
             Ok(Err(_)) | Err(_) => Some(Entry::Refused(waiting)),
         }
+    }
+
+    /// Lets a connection in whose address has too many, to be refused; `None` where many are being refused.
+    pub fn refuse(&self) -> Option<Entry> {
+        self.refusals.clone().try_acquire_owned().ok().map(Entry::Refused)
     }
 
     pub fn is_full(&self) -> bool {

@@ -282,7 +282,7 @@ mod fuzz {
         /// Whatever a publisher may put into a message, the frame behind it is read.
         #[test]
         fn no_message_keeps_the_next_from_being_read(
-            subject in prop::collection::vec(any::<u8>().prop_filter("it splits the line", |byte| !b" \t\r\n".contains(byte)), 1..40),
+            subject in prop::collection::vec(any::<u8>().prop_map(|byte| if b" \t\r\n".contains(&byte) { b'x' } else { byte }), 1..40),
             headers in prop::collection::vec(any::<u8>(), 0..200),
             payload in prop::collection::vec(any::<u8>(), 0..200),
             sizes in prop::collection::vec(1..40usize, 1..20),
