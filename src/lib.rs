@@ -62,8 +62,9 @@
 //!
 //! # Walkthrough: a reconnect
 //!
-//! A browser comes back with `Last-Event-ID: 0k3f9x-1042`. `hub::resume` holds it against the feed: the epoch is the
-//! stream's, 1042 is not past U, so that is its place, and the stream opens with that position. If the feed's log still
+//! A browser comes back with `Last-Event-ID: 0k3f9x-1042.mgk2x9vc`. `hub::resume` holds it against the feed: the epoch is
+//! the stream's, the event 1042 was stored at that time (`hub::witnesses`), and 1042 is not past U, so that is its place,
+//! and the stream opens with that position. If the feed's log still
 //! has what follows, the cursor takes it from there; else it reads pages of history until it is inside the log. If the
 //! stream has dropped what follows 1042, a page says so by its `first`, and the client is told a `tidegate.gap`.
 

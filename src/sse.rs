@@ -17,7 +17,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::event::{Epoch, Event, EventId};
+use crate::{
+    event::{Epoch, Event, EventId},
+    position::Position,
+};
 
 /// The type of the event that only tells a position.
 pub const POSITION: &str = "tidegate.position";
@@ -178,13 +181,14 @@ impl Block {
     }
 }
 
-/// The block of one event.
+/// The block of one event. Its `id:` is the position behind the event: the event's id, and the time at which it was stored.
 pub fn event(epoch: Epoch, event: &Event, format: Format) -> Block {
     let id = EventId { epoch, sequence: event.sequence };
+    let position = Position::behind(epoch, event);
     match (format, std::str::from_utf8(&event.payload)) {
-        (Format::Raw, Ok(text)) => raw(&id, event, text),
-        (Format::Raw, Err(_)) => block(&id, Some("tidegate.binary"), &json(&id, event)),
-        (Format::Json, _) => block(&id, None, &json(&id, event)),
+        (Format::Raw, Ok(text)) => raw(&position, event, text),
+        (Format::Raw, Err(_)) => block(&position, Some("tidegate.binary"), &json(&id, event)),
+        (Format::Json, _) => block(&position, None, &json(&id, event)),
     }
 }
 
@@ -244,7 +248,7 @@ fn id_line(id: Option<&dyn Display>) -> String {
     id.map(|id| format!("id: {id}\n")).unwrap_or_default()
 }
 
-fn raw(id: &EventId, event: &Event, text: &str) -> Block {
+fn raw(id: &dyn Display, event: &Event, text: &str) -> Block {
     let mut lines = Block::room(72 + text.len() + text.len() / 16);
     if let Some(kind) = &event.kind {
         push(&mut lines, &["event: ", kind.as_str(), "\n"]);

@@ -484,7 +484,7 @@ async fn a_broker_is_ready_and_says_what_it_is(broker: &dyn Broker) {
 }
 
 fn if_last(id: EventId) -> Publication {
-    Publication { condition: Some(Condition::LastIs(id)), ..on("a") }
+    Publication { condition: Some(Condition::LastIs(id, None)), ..on("a") }
 }
 
 fn subjects(texts: &[&str]) -> Vec<Subject> {

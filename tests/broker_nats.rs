@@ -399,7 +399,7 @@ async fn a_stream_made_anew_is_another_epoch() {
     assert_ne!(page.epoch, old.epoch);
     assert_eq!((page.events.len(), page.proven), (0, 0));
     assert_eq!(broker.bounds().await.unwrap().epoch, page.epoch);
-    let stale = Publication { condition: Some(Condition::LastIs(old)), ..on("a") };
+    let stale = Publication { condition: Some(Condition::LastIs(old, None)), ..on("a") };
     assert_eq!(broker.publish(stale).await.map(|_| ()).unwrap_err(), PublishError::ConditionFailed);
     let new = broker.publish(on("a")).await.unwrap().await.unwrap().id;
     assert_eq!((new.epoch, new.sequence), (page.epoch, 1));

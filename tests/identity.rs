@@ -9,12 +9,15 @@ use serde_json::{Value, json};
 use support::{
     PATIENCE,
     gateway::{Gateway, Launch},
+    http::Request,
     nats::{Cluster, NatsServer},
     sse::EventStream,
 };
 
 /// How long a server may take to answer while its cluster is in disorder.
 const TRY: Duration = Duration::from_secs(1);
+
+const TARGETS: [&str; 3] = ["/events/demo", "/events/>", "/events?subject=demo&subject=other"];
 
 /// What is stored by a NATS client, in turn.
 fn store(server: &NatsServer, name: &str, count: usize) -> Vec<String> {
@@ -37,7 +40,7 @@ fn after_the_gap(stream: &mut EventStream, count: usize) -> (String, Vec<String>
 }
 
 fn open(gateway: &Gateway) -> Vec<EventStream> {
-    ["/events/demo", "/events/>", "/events?subject=demo&subject=other"].map(|target| gateway.stream(target)).into()
+    TARGETS.map(|target| gateway.stream(target)).into()
 }
 
 fn wait_until_ready(gateway: &Gateway) {
@@ -63,7 +66,8 @@ fn an_older_copy_of_the_store_is_told_of_and_new_events_arrive_once() {
         for stream in &mut streams {
             assert_eq!(stream.data(15), [&kept[..], &lost].concat());
         }
-        let old_id = streams[0].last_event_id.clone();
+        let old_ids: Vec<_> = streams.iter().map(|stream| stream.last_event_id.clone()).collect();
+        let before_the_loss = gateway.stream("/events/demo?from=-10").last_event_id;
 
         server.kill();
         server.restore();
@@ -78,20 +82,30 @@ fn an_older_copy_of_the_store_is_told_of_and_new_events_arrive_once() {
             assert_eq!(stream.data(3), later);
         }
         wait_until_ready(&gateway);
-        let all = [kept, new.clone(), later].concat();
+        let all = [kept.clone(), new.clone(), later].concat();
         assert_eq!(gateway.stream("/events/demo?from=first").data(all.len()), all);
         assert_eq!(gateway.stream("/events/*?from=-4").data(4), all[all.len() - 4..]);
-        // One that was away, with an id beyond the end.
-        if new.len() < 5 {
-            let mut away = gateway.resume("/events/demo", &old_id);
-            assert_eq!(after_the_gap(&mut away, all.len()), ("rewound".into(), all.clone()));
+        // Clients that were away, on a gateway that saw it, and on one that did not.
+        let fresh = Launch::new().flag("--nats", &format!("nats://{}", server.address())).start();
+        let new_and_later = &all[kept.len()..];
+        for gateway in [&gateway, &fresh] {
+            for (target, old_id) in TARGETS.iter().zip(&old_ids) {
+                let mut away = gateway.resume(target, old_id);
+                assert_eq!(after_the_gap(&mut away, new_and_later.len()), ("rewound".into(), new_and_later.to_vec()));
+            }
+            // It had seen nothing of what was lost, and was owed it.
+            let mut owed = gateway.resume("/events/demo", &before_the_loss);
+            assert_eq!(after_the_gap(&mut owed, new_and_later.len()), ("rewound".into(), new_and_later.to_vec()));
+            // What is stored at that sequence now is another event.
+            let request = Request::post("/events/demo").header("If-Match", format!("\"{}\"", old_ids[0]));
+            assert_eq!(gateway.ask(request.body("instead")).status, 412);
         }
         // And one with an id of what is there now.
         let id = streams[0].last_event_id.clone();
         let mut back = gateway.resume("/events/demo", &id);
         let last = gateway.publish("demo", "over HTTP");
         assert_eq!(back.data(1), ["over HTTP"]);
-        assert_eq!(back.last_event_id, last);
+        assert_eq!(back.place(), last);
     }
 }
 

@@ -314,7 +314,7 @@ impl Reader {
                     read.events += usize::from(matches!(signal, Signal::Event(_)));
                     if let (
                         Reader::Standard | Reader::OnDispatch,
-                        Signal::Event(Event { id, .. }) | Signal::Position(id),
+                        Signal::Event(Event { last_event_id: id, .. }) | Signal::Position(id),
                     ) = (self, signal)
                     {
                         read.place = Some(id).filter(|id| !id.is_empty());

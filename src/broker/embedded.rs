@@ -187,7 +187,7 @@ impl Embedded {
         let holds = match condition {
             None => true,
             Some(Condition::NoneYet) => previous == 0,
-            Some(Condition::LastIs(id)) => id.epoch == self.epoch && id.sequence == previous && previous > 0,
+            Some(Condition::LastIs(id, _)) => id.epoch == self.epoch && id.sequence == previous && previous > 0,
         };
         if !holds {
             return Err(PublishError::ConditionFailed);

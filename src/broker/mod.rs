@@ -19,6 +19,7 @@ use tokio::sync::watch;
 
 use crate::{
     event::{Epoch, Event, EventId, EventType},
+    position::Witness,
     subject::{Filter, Subject},
 };
 
@@ -61,6 +62,17 @@ pub trait Broker: Publish {
     /// Which incarnation of the stream this is, and what it holds: the word of the stream's leader.
     async fn bounds(&self) -> Result<Bounds, BrokerError>;
 
+    /// The newest event that is known to be of this incarnation of the stream. `None` where the stream can't lose its end.
+    fn witness(&self, _epoch: Epoch) -> Option<Witness> {
+        None
+    }
+
+    /// Whether the stream, as its leader has it, is the one in which an event was stored at that time with that sequence:
+    /// asked of ids that come from outside. True unless the contrary is proven.
+    async fn is_of_stream(&self, _witness: Witness) -> Result<bool, BrokerError> {
+        Ok(true)
+    }
+
     /// What the stream has let go of so far, whether by its limits or because somebody wanted it gone. Cheap: asked once a
     /// second.
     async fn gone(&self) -> Result<Gone, BrokerError> {
@@ -100,8 +112,8 @@ pub struct Publication {
 /// Store only if the subject's last kept event is this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// The subject's last event has this id (`If-Match`).
-    LastIs(EventId),
+    /// The subject's last event has this id (`If-Match`), and was stored then if that is said.
+    LastIs(EventId, Option<Witness>),
     /// The subject has no event (`If-None-Match: *`).
     NoneYet,
 }

@@ -37,7 +37,7 @@ use super::{
     App,
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
     passage::caller,
-    publish::{Receipt, check_coding, key_of, parse_id, parse_key, parse_subject, parse_ttl, parse_type},
+    publish::{Receipt, check_coding, key_of, parse_key, parse_last, parse_subject, parse_ttl, parse_type},
     query::Parameters,
     who::{self, Sender},
 };
@@ -545,7 +545,7 @@ pub(super) fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, 
     }
     let condition = match (&fields.if_match, fields.if_none_match.as_deref()) {
         (None, None) => None,
-        (Some(id), None) => Some(Condition::LastIs(field("if_match", id, parse_id)?)),
+        (Some(id), None) => Some(field("if_match", id, parse_last)?),
         (None, Some("*")) => Some(Condition::NoneYet),
         (None, Some(_)) => return Err(invalid(r#"if_none_match takes only "*""#.into())),
         (Some(_), Some(_)) => return Err(invalid("if_match and if_none_match exclude each other".into())),

@@ -148,7 +148,7 @@ impl ApiError {
     /// The refusal of an event whose condition does not hold. The last event is for those who may read the subject.
     pub fn condition_failed(condition: Condition, last: Option<EventId>) -> ApiError {
         let title = match condition {
-            Condition::LastIs(_) => None,
+            Condition::LastIs(..) => None,
             Condition::NoneYet => Some("The subject has an event already"),
         };
         let detail = last.map(|last| format!("its last event is {last}")).unwrap_or_default();

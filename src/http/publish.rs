@@ -20,7 +20,8 @@ use crate::{
     auth::Principal,
     broker::{Condition, Publication, Published},
     config::parse_duration,
-    event::{EventId, EventIdError, EventType},
+    event::{EventIdError, EventType},
+    position::Position,
     subject::Subject,
 };
 
@@ -116,8 +117,13 @@ pub fn key_of(principal: &Principal, key: &str) -> String {
     URL_SAFE_NO_PAD.encode(digest)
 }
 
-pub fn parse_id(text: &str) -> Result<EventId, String> {
-    text.parse().map_err(|error: EventIdError| error.to_string())
+/// The id of an event as a receipt has it, or as the `id:` of a stream of one filter has it.
+pub fn parse_last(text: &str) -> Result<Condition, String> {
+    let position = text.parse::<Position>().ok();
+    let id = position.as_ref().and_then(Position::id).ok_or_else(|| EventIdError.to_string())?;
+    let witness = position.and_then(|position| position.witness());
+    // Another event's time says nothing of this one.
+    Ok(Condition::LastIs(id, witness.filter(|witness| witness.sequence == id.sequence)))
 }
 
 /// `If-Match: "<id>"` or `If-None-Match: *` (RFC 9110, sections 13.1.1 and 13.1.2).
@@ -128,10 +134,7 @@ fn condition(request: &HttpRequest) -> Result<Option<Condition>, ApiError> {
         (None, Some("*")) => Ok(Some(Condition::NoneYet)),
         (None, Some(_)) => wrong("If-None-Match takes only *"),
         (Some(quoted), None) => match quoted.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
-            Some(id) => match parse_id(id) {
-                Ok(id) => Ok(Some(Condition::LastIs(id))),
-                Err(why) => wrong(&why),
-            },
+            Some(id) => parse_last(id).map(Some).or_else(|why| wrong(&why)),
             None => wrong("If-Match takes one event id in double quotes"),
         },
         (Some(_), Some(_)) => wrong("If-Match and If-None-Match exclude each other"),

@@ -24,7 +24,7 @@ use super::{
     Hub,
     encoded::Encoder,
     feed::{Reader, Take},
-    log::Passage,
+    log::{self, Passage},
     pages::{Ahead, SharedPage},
     resume::{self, Found, Origin, StartAt},
     whereabouts::Whereabouts,
@@ -35,7 +35,7 @@ use crate::{
     event::{Epoch, Event, EventId},
     memory::Held,
     metrics::Counted,
-    position::{Position, Tag},
+    position::{Position, Tag, Witness},
     sse::{Block, Format, Framing, GapReason, OwnId},
     subject::Subject,
 };
@@ -279,11 +279,14 @@ impl Cursor {
 
     /// Where the client stands. During a snapshot that is in the snapshot, not behind it.
     pub(super) fn position(&self) -> Position {
-        if let Some(snapshot) = &self.snapshot {
-            return EventId { epoch: self.epoch, sequence: snapshot.position }.into();
-        }
-        let base = self.places.iter().map(|place| place.position).min().expect("there is at least one place");
-        Position::new(self.epoch, base, self.places.iter().map(|place| (place.tag, place.position)))
+        let position = match &self.snapshot {
+            Some(snapshot) => EventId { epoch: self.epoch, sequence: snapshot.position }.into(),
+            None => {
+                let base = self.places.iter().map(|place| place.position).min().expect("there is at least one place");
+                Position::new(self.epoch, base, self.places.iter().map(|place| (place.tag, place.position)))
+            }
+        };
+        position.with_witness(self.hub.0.broker.witness(self.epoch))
     }
 
     /// What is there to be taken, from the first place in turn that has something. Begins to fetch what a place needs.
@@ -394,7 +397,7 @@ impl Cursor {
                     break;
                 }
                 bytes += block.len();
-                blocks.push((sequence, block));
+                blocks.push(log::Found { sequence, block, stored: Some(encoded.event.time) });
             }
             let place = &mut self.places[number];
             place.ahead.advance();
@@ -419,19 +422,25 @@ impl Cursor {
     }
 
     /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
-    fn frames(&self, number: usize, blocks: Vec<(u64, Block)>) -> Vec<Frame> {
+    fn frames(&self, number: usize, blocks: Vec<log::Found>) -> Vec<Frame> {
         if self.places.len() == 1 {
-            return blocks.into_iter().map(|(sequence, block)| Frame::new(sequence, block)).collect();
+            return blocks.into_iter().map(|found| Frame::new(found.sequence, found.block)).collect();
         }
         // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
         // base that is as high as it can be.
         let others = || self.places.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, place)| place);
-        let first = blocks.first().map_or(0, |(sequence, _)| *sequence);
+        let first = blocks.first().map_or(0, |found| found.sequence);
+        let furthest = others().map(|place| place.position).max().unwrap_or(0);
         let base = others().map(Place::settled).min().unwrap_or(0).min(first);
-        let frame = |(sequence, block): (u64, Block)| {
+        let frame = |log::Found { sequence, block, stored }| {
             let this = (self.places[number].tag, sequence);
             let others = others().map(|place| (place.tag, place.position));
-            let position = Position::new(self.epoch, base, others.chain([this]));
+            // What is newer than anything that the client has seen tells of all of it.
+            let witness = match stored {
+                Some(stored) if sequence >= furthest => Witness::new(sequence, stored),
+                Some(_) | None => self.hub.0.broker.witness(self.epoch),
+            };
+            let position = Position::new(self.epoch, base, others.chain([this])).with_witness(witness);
             Frame { own_id: Some(block.own_id(&position)), ..Frame::new(sequence, block) }
         };
         blocks.into_iter().map(frame).collect()

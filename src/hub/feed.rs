@@ -46,8 +46,9 @@ use crate::{
     broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
     event::{Epoch, EventId},
     memory::{Held, Memory, Part, SMALL_BYTES},
+    position::Position,
     shutdown::Ending,
-    sse::{self, Format, GapReason},
+    sse::{Format, GapReason},
     subject::{Filter, Subject},
 };
 
@@ -261,6 +262,11 @@ impl Feed {
     /// When the last event was stored that was there or proven not to be: what came later was stored after this.
     pub(super) fn newest(&self) -> Option<Timestamp> {
         self.state().log.newest()
+    }
+
+    /// When the event with this sequence was stored, if it is remembered.
+    pub(super) fn time_of(&self, sequence: u64) -> Option<Timestamp> {
+        self.state().log.time_of(sequence)
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -488,11 +494,11 @@ impl Feed {
         let mut state = self.state();
         let log = &mut state.log;
         if page.first > log.proven() + 1 {
-            let resumed = EventId { epoch, sequence: page.first - 1 };
+            let resumed = page.first - 1;
             let requested = EventId { epoch, sequence: log.proven() }.to_string();
-            hub.0.metrics.gaps.with_label_values(&["expired"]).inc();
-            let gap = sse::gap(&requested, &resumed, GapReason::Expired);
-            log.append(Content::Gap(gap), resumed.sequence);
+            let position = Position::from(EventId { epoch, sequence: resumed });
+            let gap = hub.gap(&requested, &position.with_witness(hub.0.broker.witness(epoch)), GapReason::Expired);
+            log.append(Content::Gap(gap), resumed);
         }
         for event in page.events {
             let sequence = event.sequence;

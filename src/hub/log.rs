@@ -45,11 +45,18 @@ pub(super) enum Content {
 
 /// What follows a position.
 pub(super) struct Passage {
-    /// Each with its sequence.
-    pub blocks: Vec<(u64, Block)>,
+    pub blocks: Vec<Found>,
     /// Everything up to here has been looked at.
     pub reached: u64,
     /// When the last of them was stored.
+    pub stored: Option<Timestamp>,
+}
+
+/// A block at a sequence.
+pub(super) struct Found {
+    pub sequence: u64,
+    pub block: Block,
+    /// When its event was stored, if it is of one.
     pub stored: Option<Timestamp>,
 }
 
@@ -208,9 +215,15 @@ impl Log {
             bytes += block.len();
             reached = entry.sequence;
             stored = entry.stored().or(stored);
-            blocks.push((entry.sequence, block));
+            blocks.push(Found { sequence: entry.sequence, block, stored: entry.stored() });
         }
         Passage { blocks, reached, stored }
+    }
+
+    /// When the event with this sequence was stored, if it is remembered.
+    pub fn time_of(&self, sequence: u64) -> Option<Timestamp> {
+        let entry = self.entries.get(self.after(sequence).checked_sub(1)?)?;
+        entry.stored().filter(|_| entry.sequence == sequence)
     }
 
     /// The index of the first entry after `position`.

@@ -19,6 +19,7 @@ mod shelf;
 #[cfg(test)]
 mod tests;
 mod whereabouts;
+mod witnesses;
 
 use std::{
     sync::{
@@ -40,6 +41,7 @@ use self::{
     feed::{Feed, Reader},
     pages::{Pages, SharedPage},
     shelf::{Forgotten, Shelf},
+    witnesses::Witnesses,
 };
 use crate::{
     backoff::{Backoff, jittered},
@@ -82,6 +84,7 @@ struct Inner {
     /// The same for feeds, which readers wait for, so that neither stands in the other's line.
     repairs: Semaphore,
     pages: Pages,
+    witnesses: Witnesses,
     /// How often events were removed singly: what was read before may hold some of them.
     removals: AtomicU64,
     /// The oldest sequence that the stream still had when it was last asked.
@@ -123,6 +126,7 @@ impl Hub {
             history: Semaphore::new(settings.history.concurrency),
             repairs: Semaphore::new(settings.history.concurrency),
             pages: Pages::new(settings.history.shared_pages),
+            witnesses: Witnesses::default(),
             removals: AtomicU64::new(0),
             oldest: AtomicU64::new(0),
             settings,

@@ -7,6 +7,7 @@
 //! id of this epoch, beyond the leader's last -> gap unknown-id, then as without an id
 //! id of another epoch                        -> gap recreated, then from the first
 //! a place of this epoch before it lost its end -> gap rewound, then from the first event stored after that
+//! id of this epoch with the time of another event -> the same
 //! no id of ours                              -> gap unknown-id, then as without an id
 //! a time or count beyond what is kept        -> gap expired, then from the oldest kept
 //! ```
@@ -25,7 +26,7 @@ use crate::{
     broker::{BrokerError, From, Page, Read, SnapshotRead},
     event::Epoch,
     memory::Held,
-    position::Position,
+    position::{Position, Witness},
     sse::{self, Block, Format, GapReason},
     subject::Filter,
 };
@@ -244,7 +245,7 @@ fn begin_with(reader: Reader, page: Page, read_at: u64, held: Held) -> Place {
 /// Where a position comes from.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
-    /// An id, which has the name of the stream alone.
+    /// An id, which has the name of the stream, and a time by which to tell whether the stream has lost its end since.
     Client,
     /// A cursor of this gateway, which knows its stream. `newest`: when the newest event was stored that it may have seen.
     Cursor { newest: Option<Timestamp> },
@@ -271,6 +272,14 @@ pub(super) async fn after(
             })
             .collect();
         let is_known = |place: &Place| place.position <= place.reader.feed.proven();
+        if let (true, Origin::Client, Some(witness)) = (is_same, origin, position.witness())
+            && !hub.is_of_stream(epoch, witness, &places).await?
+        {
+            match rewound(hub, epoch, places, &position, later_than(witness)).await? {
+                Some(found) => return Ok(found),
+                None => continue,
+            }
+        }
         if is_same && places.iter().all(is_known) {
             return Ok(Found::at(epoch, places));
         }
@@ -290,7 +299,8 @@ pub(super) async fn after(
             }
             (true, _) => return unknown(hub, filters, &position.to_string(), otherwise).await,
             (false, Origin::Cursor { newest }) if position.epoch.is_named(epoch) => {
-                if let Some(found) = rewound(hub, epoch, places, &position, newest).await? {
+                let later = newest.and_then(|newest| newest.checked_add(Duration::from_nanos(1)).ok());
+                if let Some(found) = rewound(hub, epoch, places, &position, later).await? {
                     return Ok(found);
                 }
             }
@@ -303,27 +313,36 @@ pub(super) async fn after(
     }
 }
 
+/// The end of the millisecond in which an event was stored.
+fn later_than(witness: Witness) -> Option<Timestamp> {
+    witness.time().checked_add(Duration::from_millis(1)).ok()
+}
+
 /// The places of a client that was at a position of the stream before it lost its end: before the first events that were
-/// stored after `newest`. `None` if the stream has become another one meanwhile.
+/// stored at `later` or after it, and not beyond the position. `None` if the stream has become another one meanwhile.
 async fn rewound(
     hub: &Hub,
     epoch: Epoch,
     places: Vec<Place>,
     position: &Position,
-    newest: Option<Timestamp>,
+    later: Option<Timestamp>,
 ) -> Result<Option<Found>, BrokerError> {
-    let later = newest.and_then(|newest| newest.checked_add(Duration::from_nanos(1)).ok());
     let from = later.map_or(From::After(0), From::Time);
     let mut found = vec![];
     for place in places {
-        let reader = place.reader;
+        let Place { reader, position, .. } = place;
         let (page, read_at, held) =
             hub.read_history(Read { filter: reader.feed.filter.clone(), from, until: 0 }).await?;
         if page.epoch != epoch {
             reader.retire();
             return Ok(None);
         }
-        found.push(begin_with(reader, page, read_at, held));
+        let mut place = begin_with(reader, page, read_at, held);
+        if position < place.position {
+            // What it had not seen yet may have been kept.
+            (place.position, place.ahead) = (position, Ahead::default());
+        }
+        found.push(place);
     }
     let gap = (position.to_string(), GapReason::Rewound);
     Ok(Some(Found { gap: Some(gap), ..Found::at(epoch, found) }))

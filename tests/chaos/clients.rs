@@ -212,7 +212,7 @@ impl Visitor {
             // Before a gap the opening has no id.
             Signal::Position(id) if id.is_empty() => return,
             Signal::Event(event) if event.kind == "tidegate.refused" => return,
-            Signal::Event(Event { kind, id, .. }) if kind == "tidegate.bye" => match parse(&id) {
+            Signal::Event(Event { kind, last_event_id: id, .. }) if kind == "tidegate.bye" => match parse(&id) {
                 Ok(id) => What::Position(id),
                 Err(_) => What::Nonsense(format!("a farewell with the id {id:?}")),
             },
@@ -220,7 +220,7 @@ impl Visitor {
                 Ok(id) => What::Position(id),
                 Err(_) => What::Nonsense(format!("a position of {id:?}")),
             },
-            Signal::Event(event) => match (parse(&event.id), &*event.kind) {
+            Signal::Event(event) => match (parse(&event.last_event_id), &*event.kind) {
                 (Ok(id), "message") => match event.data.split(' ').next().and_then(|token| token.parse().ok()) {
                     Some(token) => What::Event(id, token),
                     None => What::Nonsense(format!("{event:?}")),

@@ -8,18 +8,37 @@ use super::{
     http::{Connection, Cut, Head, Request, excerpt},
 };
 
-/// What an EventSource would dispatch, and its `lastEventId` at that time.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What an EventSource would dispatch.
+#[derive(Clone, Debug)]
 pub struct Event {
+    /// Its `lastEventId` without the time at which an event was stored: the event's id where one filter is read.
     pub id: String,
+    /// Its `lastEventId`.
+    pub last_event_id: String,
     /// `message` where the stream names none.
     pub kind: String,
     pub data: String,
 }
 
+/// Of the same id, whatever time that tells.
+impl PartialEq for Event {
+    fn eq(&self, other: &Event) -> bool {
+        (&self.id, &self.kind, &self.data) == (&other.id, &other.kind, &other.data)
+    }
+}
+
+impl Eq for Event {}
+
+/// A position without the time at which an event was stored.
+pub fn without_time(position: &str) -> String {
+    let (id, differences) = position.split_at(position.find('~').unwrap_or(position.len()));
+    id.split('.').next().unwrap_or_default().to_owned() + differences
+}
+
 impl Event {
     pub fn new(id: impl Into<String>, kind: &str, data: impl Into<String>) -> Event {
-        Event { id: id.into(), kind: kind.into(), data: data.into() }
+        let last_event_id = id.into();
+        Event { id: without_time(&last_event_id), last_event_id, kind: kind.into(), data: data.into() }
     }
 
     /// Why a stream was refused (`tidegate.refused`) or has ended (`tidegate.bye`).
@@ -33,12 +52,15 @@ impl Event {
         serde_json::from_str(&self.data).unwrap_or_else(|error| panic!("{error} in {self:?}"))
     }
 
-    /// What a gap says: requested, resumed, reason.
+    /// What a gap says: requested, resumed, reason; the positions without times.
     pub fn gap(&self) -> (String, String, String) {
         assert_eq!(self.kind, "tidegate.gap", "{self:?}");
         let gap = self.json();
         let text = |name: &str| gap[name].as_str().unwrap_or_else(|| panic!("{self:?} lacks {name}")).to_owned();
-        (text("requested"), text("resumed"), text("reason"))
+        let requested = text("requested");
+        let is_ours = requested.parse::<tidegate::position::Position>().is_ok();
+        let requested = if is_ours { without_time(&requested) } else { requested };
+        (requested, without_time(&text("resumed")), text("reason"))
     }
 }
 
@@ -139,7 +161,7 @@ impl Parser {
             return Some(Signal::Position(id));
         }
         let kind = if kind.is_empty() { "message".into() } else { kind };
-        Some(Signal::Event(Event { id, kind, data: data.into() }))
+        Some(Signal::Event(Event::new(id, &kind, data)))
     }
 }
 
@@ -274,7 +296,7 @@ impl EventStream {
         }
         let signal = self.signals.pop_front()?;
         match &signal {
-            Signal::Event(Event { id, .. }) | Signal::Position(id) => self.last_event_id.clone_from(id),
+            Signal::Event(Event { last_event_id: id, .. }) | Signal::Position(id) => self.last_event_id.clone_from(id),
             Signal::Retry(retry) => self.retry = Some(*retry),
             Signal::Comment(_) => {}
         }
@@ -292,6 +314,11 @@ impl EventStream {
             }
             signal => signal.clone(),
         });
+    }
+
+    /// The position after what was read so far, without the time at which an event was stored.
+    pub fn place(&self) -> String {
+        without_time(&self.last_event_id)
     }
 
     /// Another handle to the connection below, to send what nobody asked for.

@@ -17,7 +17,7 @@
 
 use jiff::Timestamp;
 
-use crate::event::Epoch;
+use crate::{event::Epoch, position::Witness};
 
 /// What is known of the present incarnation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,6 +83,12 @@ impl Identity {
         let anchor = self.anchor.filter(|anchor| anchor.sequence <= seen.last)?;
         let is_told = seen.created == self.created && anchor.sequence == seen.last && seen.last_time.is_some();
         (seen.created != self.created || doubtful && !is_told).then_some(anchor.sequence)
+    }
+
+    /// The newest event that is known, if this is the incarnation with that epoch.
+    pub fn witness(&self, epoch: Epoch) -> Option<Witness> {
+        let anchor = self.anchor.filter(|_| self.epoch == epoch)?;
+        Witness::new(anchor.sequence, anchor.time)
     }
 
     /// What a leader says of it.

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     broker::Bounds,
     event::{Epoch, Event},
+    position::Witness,
 };
 
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
@@ -47,6 +48,9 @@ const FRESH: Duration = Duration::from_secs(2);
 /// After how long a leader is asked again that may have been deposed: it soon knows.
 const DEPOSED_PAUSE: Duration = Duration::from_millis(100);
 
+/// The clocks of a cluster's servers are not further apart: what is stored by one after another was leader for longer than
+/// this has a later time.
+const CLOCKS_APART: Duration = Duration::from_secs(10);
 /// A leader that knows of less than is proven, for so long, has lost it. (One that was just elected may have yet to apply it.)
 const BEHIND: Duration = Duration::from_secs(3);
 
@@ -339,6 +343,21 @@ impl Leader {
     /// The first stored message on `filter` at `sequence` or after.
     pub async fn next(&self, sequence: u64, filter: &str) -> Result<Option<Stored>, RequestError> {
         self.get(json!({ "seq": sequence, "next_by_subj": filter })).await
+    }
+
+    /// Whether the stream is the one in which that event was stored, as far as can be told. If the event is gone, what was
+    /// stored later tells: it comes after it.
+    pub async fn is_of_stream(&self, witness: Witness) -> Result<bool, RequestError> {
+        if let Some(stored) = self.get(json!({ "seq": witness.sequence })).await? {
+            let time = stored.time().ok_or_else(|| RequestError::Garbled("a message without a time".into()))?;
+            return Ok(witness.is_of(time));
+        }
+        if self.info().await?.bounds.last < witness.sequence {
+            return Ok(false);
+        }
+        let Ok(later) = witness.time().checked_add(CLOCKS_APART) else { return Ok(true) };
+        let later = json!({ "start_time": later.to_string(), "next_by_subj": ">" });
+        Ok(self.get(later).await?.is_none_or(|found| found.sequence > witness.sequence))
     }
 
     /// See [`Known::present`].

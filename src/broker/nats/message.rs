@@ -147,7 +147,7 @@ pub(super) struct Stored {
 
 impl Stored {
     pub fn event(&self, prefix: &str) -> Option<Event> {
-        let (time, headers) = (self.time.parse().ok()?, self.headers());
+        let (time, headers) = (self.time()?, self.headers());
         let headers = Headers::new(&headers);
         Some(Event {
             sequence: self.sequence,
@@ -157,6 +157,10 @@ impl Stored {
             kind: kind(headers.first(TYPE)),
             payload: STANDARD.decode(&self.data).ok()?.into(),
         })
+    }
+
+    pub fn time(&self) -> Option<Timestamp> {
+        self.time.parse().ok()
     }
 
     /// Whether it stands for a message that is gone.

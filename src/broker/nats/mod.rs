@@ -55,8 +55,10 @@ use super::{
 };
 use crate::{
     config,
+    event::Epoch,
     memory::Memory,
     nats, panics,
+    position::Witness,
     subject::{Filter, Subject},
 };
 
@@ -279,6 +281,14 @@ impl Broker for Nats {
 
     async fn bounds(&self) -> Result<Bounds, BrokerError> {
         Ok(self.leader.info().await?.bounds)
+    }
+
+    fn witness(&self, epoch: Epoch) -> Option<Witness> {
+        self.leader.known().present().witness(epoch)
+    }
+
+    async fn is_of_stream(&self, witness: Witness) -> Result<bool, BrokerError> {
+        Ok(self.leader.is_of_stream(witness).await?)
     }
 
     async fn gone(&self) -> Result<Gone, BrokerError> {

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     broker::{Acknowledgement, Condition, Publication, Publish, PublishError, Published},
     event::{EventId, EventType},
+    position::Witness,
     subject::Subject,
 };
 
@@ -56,7 +57,7 @@ impl Publish for Publisher {
         let after = match publication.condition {
             None => None,
             Some(Condition::NoneYet) => Some(0),
-            Some(Condition::LastIs(id)) => Some(Box::pin(self.sequence_of(id)).await?),
+            Some(Condition::LastIs(id, witness)) => Some(Box::pin(self.sequence_of(id, witness)).await?),
         };
         if publication.condition != Some(Condition::NoneYet) {
             return self.send(publication, after).await;
@@ -178,7 +179,7 @@ impl Publisher {
     }
 
     /// The sequence of `id`, if it is of this incarnation of the stream; else no event of ours can be the last.
-    async fn sequence_of(&self, id: EventId) -> Result<u64, PublishError> {
+    async fn sequence_of(&self, id: EventId, witness: Option<Witness>) -> Result<u64, PublishError> {
         if !id.epoch.is_named(self.leader.epoch()) {
             // Perhaps it is us who have not heard of a new incarnation yet.
             let info = self.leader.info().await.map_err(|_| PublishError::Unavailable)?;
@@ -186,7 +187,12 @@ impl Publisher {
                 return Err(PublishError::ConditionFailed);
             }
         }
-        Ok(id.sequence)
+        match witness {
+            Some(witness) if !self.leader.is_of_stream(witness).await.map_err(|_| PublishError::Unavailable)? => {
+                Err(PublishError::ConditionFailed)
+            }
+            Some(_) | None => Ok(id.sequence),
+        }
     }
 }
 
