@@ -1,18 +1,18 @@
-//! The streams of a node: counts and caps them, has each carried by one of its porters, and ends them all on drain.
+//! The streams of a node: counts and caps them, has each carried by one of its workers, and ends them all on drain.
 //!
 //! | module | is about |
 //! |---|---|
 //! | `stream` | one stream: what is written to its socket, and when that ends |
-//! | `porter` | the loop that carries many of them: waits for feeds, sockets and time |
-//! | `bell` | which streams of a porter have something to do |
-//! | `peer` | whether a client that acknowledges nothing is still there |
-//! | `register` | which streams are open, and how the last ones ended, for whoever asks |
+//! | `worker` | the loop that carries many of them: waits for feeds, sockets and time |
+//! | `ready_queue` | which streams of a worker have something to do |
+//! | `liveness` | whether a client that acknowledges nothing is still there |
+//! | `registry` | which streams are open, and how the last ones ended, for `/debug/streams` |
 
-mod bell;
-mod peer;
-mod porter;
-mod register;
+mod liveness;
+mod ready_queue;
+mod registry;
 mod stream;
+mod worker;
 
 use std::{
     io,
@@ -38,15 +38,15 @@ use tokio_util::{
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 
-pub use self::register::{Client, Ended, Record, Register};
+pub use self::registry::{Client, Ended, Registry, StreamRecord};
 use self::{
-    porter::Porter,
     stream::{End, Expiry, Stream},
+    worker::Worker,
 };
 use crate::{
     config::{self, Config},
     hub::{Cursor, Opening},
-    limits::Place,
+    limits::ClientPermit,
     memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
@@ -64,8 +64,8 @@ pub struct Deliveries(Arc<Shared>);
 struct Shared {
     open: Arc<AtomicUsize>,
     common: Arc<Common>,
-    porters: Vec<mpsc::UnboundedSender<Stream>>,
-    next_porter: AtomicUsize,
+    workers: Vec<mpsc::UnboundedSender<Stream>>,
+    next_worker: AtomicUsize,
     tasks: Tasks,
     /// Counts streams, and rights to one, for whoever waits for their end.
     tracker: TaskTracker,
@@ -78,7 +78,7 @@ struct Common {
     memory: Memory,
     expiry_warning: Duration,
     drain: config::Drain,
-    register: Register,
+    registry: Registry,
     /// Where the time is zero from which lives are counted.
     began: Instant,
     draining: CancellationToken,
@@ -86,14 +86,14 @@ struct Common {
 }
 
 /// The right to open one stream.
-pub struct Admission {
+pub struct StreamPermit {
     deliveries: Deliveries,
-    slot: Slot,
-    place: Place,
+    open_count: OpenCount,
+    place: ClientPermit,
 }
 
 /// One of the streams that are open, for as long as it is kept.
-struct Slot {
+struct OpenCount {
     open: Arc<AtomicUsize>,
     _token: TaskTrackerToken,
 }
@@ -113,20 +113,20 @@ impl Deliveries {
             memory,
             expiry_warning: config.auth.jwt.expiry_warning,
             drain: config.drain.clone(),
-            register: Register::new(config.debug.ended),
+            registry: Registry::new(config.debug.ended),
             began: Instant::now(),
             draining: CancellationToken::new(),
             metrics,
         });
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
-        let porters = (0..processors).map(|_| {
-            let (porter, arrive) = Porter::new(common.clone());
-            tasks.spawn(porter.run());
+        let workers = (0..processors).map(|_| {
+            let (worker, arrive) = Worker::new(common.clone());
+            tasks.spawn(worker.run());
             arrive
         });
-        let (porters, next_porter) = (porters.collect(), AtomicUsize::new(0));
+        let (workers, next_worker) = (workers.collect(), AtomicUsize::new(0));
         let (open, tracker) = (Arc::default(), TaskTracker::new());
-        Deliveries(Arc::new(Shared { open, common, porters, next_porter, tasks, tracker }))
+        Deliveries(Arc::new(Shared { open, common, workers, next_worker, tasks, tracker }))
     }
 
     /// Whether there is no room for another stream.
@@ -134,18 +134,18 @@ impl Deliveries {
         self.0.open.load(Ordering::Acquire) >= self.0.common.limits.borrow().streams
     }
 
-    /// Room for one more stream, if there is. It keeps its client's place until it has ended.
-    pub fn admit(&self, place: Place) -> Option<Admission> {
+    /// A permit for one more stream, if the node may have one more. The client's permit is kept until the stream has ended.
+    pub fn admit(&self, place: ClientPermit) -> Option<StreamPermit> {
         let most = self.0.common.limits.borrow().streams;
         let one_more = |open: usize| (open < most).then_some(open + 1);
         self.0.open.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).ok()?;
-        let slot = Slot { open: self.0.open.clone(), _token: self.0.tracker.token() };
-        Some(Admission { deliveries: self.clone(), slot, place })
+        let open_count = OpenCount { open: self.0.open.clone(), _token: self.0.tracker.token() };
+        Some(StreamPermit { deliveries: self.clone(), open_count, place })
     }
 
     /// The streams, for whoever looks at them.
-    pub fn register(&self) -> &Register {
-        &self.0.common.register
+    pub fn registry(&self) -> &Registry {
+        &self.0.common.registry
     }
 
     /// Ends every stream at its own moment, and waits until the last has ended.
@@ -161,7 +161,7 @@ impl Deliveries {
     }
 }
 
-impl Drop for Slot {
+impl Drop for OpenCount {
     fn drop(&mut self) {
         self.open.fetch_sub(1, Ordering::AcqRel);
     }
@@ -186,7 +186,7 @@ impl Common {
     }
 }
 
-impl Admission {
+impl StreamPermit {
     /// Delivers what `cursor` yields to `socket`, whose response body has this framing, until one of the two, or this node, ends, or the client's right to it
     /// `expires`.
     ///
@@ -200,7 +200,7 @@ impl Admission {
         client: Client,
         expires: Option<Timestamp>,
     ) -> io::Result<()> {
-        let Shared { common, porters, next_porter, tasks, .. } = &*self.deliveries.0;
+        let Shared { common, workers, next_worker, tasks, .. } = &*self.deliveries.0;
         // The latency of the last piece of a burst is worth more than full packets.
         socket.set_nodelay(true)?;
         socket2::SockRef::from(&socket).set_tcp_notsent_lowat(NOTSENT_BYTES)?;
@@ -208,13 +208,13 @@ impl Admission {
             let _in_runtime = tasks.enter();
             TcpStream::from_std(socket)?
         };
-        let record = common.register.open(client, cursor.whereabouts());
+        let record = common.registry.open(client, cursor.progress());
         let opening = opening_text(opening, common.retry());
         let expiry = expires.map(|expires| Expiry::new(expires, common.expiry_warning));
-        let place = (self.slot, self.place);
+        let place = (self.open_count, self.place);
         let stream = Stream::new(common, (socket, framing), &opening, cursor, record, expiry, place);
-        let porter = next_porter.fetch_add(1, Ordering::Relaxed) % porters.len();
-        if let Err(mpsc::error::SendError(stream)) = porters[porter].send(stream) {
+        let worker = next_worker.fetch_add(1, Ordering::Relaxed) % workers.len();
+        if let Err(mpsc::error::SendError(stream)) = workers[worker].send(stream) {
             stream.end(End::Cut, common);
         }
         Ok(())

@@ -26,7 +26,7 @@ use crate::{
     delivery::Deliveries,
     http::{
         self,
-        address::Proxies,
+        client_address::Proxies,
         cors::{Cors, Unlisted},
     },
     hub::{self, Hub},
@@ -169,7 +169,7 @@ impl Gateway {
             debug: config.debug.clone(),
             admin_hosts: config.admin.hosts.clone().into(),
             cors: cors.subscribe(),
-            room: http::Room::new(&config.limits),
+            room: http::ConnectionLimit::new(&config.limits),
             large_lines: Arc::new(Semaphore::new(1)),
             leaving: leaving.clone(),
             draining: draining.clone(),

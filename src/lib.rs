@@ -26,12 +26,12 @@
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`memory`] | how many bytes the node holds for its clients, and whether that is too much | |
-//! | [`descriptors`] | how many files the system allows, and limits that fit | config |
+//! | [`fd_limit`] | how many files the system allows, and limits that fit | config |
 //! | [`backoff`], [`config`], [`log`], [`metrics`], [`panics`], [`shutdown`] | leaves that anyone may use | |
 //!
 //! Uses go downwards only, and each foreign crate has its room; `tests/tidy.rs` holds both. `delivery` stands above
 //! `hub` because a stream pulls from its cursor, and nothing is ever pushed at it. Two things are made by hand that a
-//! library has, because there are thousands of each and they were measured: a stream is no task of tokio's (`porter` in
+//! library has, because there are thousands of each and they were measured: a stream is no task of tokio's (`worker` in
 //! [`delivery`]), and what other people published does not come over async-nats ([`nats`] says why).
 //!
 //! # Invariants
@@ -52,12 +52,12 @@
 //!
 //! # Walkthrough: a publish
 //!
-//! `POST /events/demo` arrives at `http::publish`. `http::who` finds the token, [`auth::Auth::identify`] makes a
+//! `POST /events/demo` arrives at `http::publish`. `http::who` finds the token, [`auth::Auth::authenticate`] makes a
 //! [`auth::Principal`] of it, and everything else is parsed and held against that before the body is read: from there on
 //! a [`subject::Subject`] is one, and allowed. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
 //! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that
 //! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from U to see what it has
-//! missed. The porter of each reader's stream ([`delivery`]) has its
+//! missed. The worker of each reader's stream ([`delivery`]) has its
 //! [`hub::Cursor`] take the frame, and writes it.
 //!
 //! # Walkthrough: a reconnect
@@ -76,8 +76,8 @@ pub mod backoff;
 pub mod broker;
 pub mod config;
 pub mod delivery;
-pub mod descriptors;
 pub mod event;
+pub mod fd_limit;
 #[cfg(test)]
 mod fuzz;
 pub mod gateway;

@@ -80,11 +80,11 @@ enum Key {
 
 /// A limit that was met, and when it is worth while to try again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wait(pub Duration);
+pub struct RetryAfter(pub Duration);
 
 /// Whose open streams, or the filters of them, are as many as they may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TooMany {
+pub enum Exhausted {
     OfAddress,
     OfPrincipal,
     FiltersOfAddress,
@@ -102,7 +102,7 @@ pub enum TooManyBatches {
 /// Room for one stream, or one connection, of somebody who may have only so many. Given back when it is dropped.
 ///
 /// One pointer, because every open stream keeps one; `None` where nothing is counted.
-pub struct Place(Option<Box<Taken>>);
+pub struct ClientPermit(Option<Box<Taken>>);
 
 struct Taken {
     limits: Limits,
@@ -149,7 +149,7 @@ impl Limits {
     ///
     /// # Errors
     /// When the address has made too many of late.
-    pub fn attempt(&self, address: Option<IpAddr>) -> Result<(), Wait> {
+    pub fn attempt(&self, address: Option<IpAddr>) -> Result<(), RetryAfter> {
         check(self.rules().attempts.as_ref(), address.map(|address| Key::Network(Network::of(address))), 1)
     }
 
@@ -157,7 +157,7 @@ impl Limits {
     ///
     /// # Errors
     /// When too many bad ones have come from there of late.
-    pub fn credential(&self, address: Option<IpAddr>) -> Result<(), Wait> {
+    pub fn credential(&self, address: Option<IpAddr>) -> Result<(), RetryAfter> {
         match (&self.rules().bad_credentials, address) {
             (Some(rate), Some(address)) => rate.allows(&Key::Network(Network::of(address))),
             _ => Ok(()),
@@ -178,7 +178,7 @@ impl Limits {
     ///
     /// # Errors
     /// When the caller has published too many of late. The event is not counted then.
-    pub fn publish(&self, caller: &Caller) -> Result<(), Wait> {
+    pub fn publish(&self, caller: &Caller) -> Result<(), RetryAfter> {
         check(self.rules().publishes.as_ref(), caller.key(), 1)
     }
 
@@ -186,7 +186,7 @@ impl Limits {
     ///
     /// # Errors
     /// When the caller has published too many of late. They are not counted then.
-    pub fn publish_bytes(&self, caller: &Caller, bytes: usize) -> Result<(), Wait> {
+    pub fn publish_bytes(&self, caller: &Caller, bytes: usize) -> Result<(), RetryAfter> {
         check(self.rules().publish_bytes.as_ref(), caller.key(), bytes)
     }
 
@@ -194,15 +194,15 @@ impl Limits {
     ///
     /// # Errors
     /// When the caller's address or principal has as many open streams, or filters of them, as it may have.
-    pub fn open_stream(&self, caller: &Caller, filters: usize) -> Result<Place, TooMany> {
+    pub fn open_stream(&self, caller: &Caller, filters: usize) -> Result<ClientPermit, Exhausted> {
         let rules = self.rules();
         let address = [rules.address_streams, rules.address_filters];
         let principal = [rules.principal_streams, rules.principal_filters];
         self.open(What::Stream { filters }, caller, &address, &principal).map_err(|limit| match limit {
-            (Whose::Address, 0) => TooMany::OfAddress,
-            (Whose::Address, _) => TooMany::FiltersOfAddress,
-            (Whose::Principal, 0) => TooMany::OfPrincipal,
-            (Whose::Principal, _) => TooMany::FiltersOfPrincipal,
+            (Whose::Address, 0) => Exhausted::OfAddress,
+            (Whose::Address, _) => Exhausted::FiltersOfAddress,
+            (Whose::Principal, 0) => Exhausted::OfPrincipal,
+            (Whose::Principal, _) => Exhausted::FiltersOfPrincipal,
         })
     }
 
@@ -210,14 +210,14 @@ impl Limits {
     ///
     /// # Errors
     /// When the node, or the caller's address or principal, has as many open batches as it may have.
-    pub fn open_batch(&self, caller: &Caller) -> Result<[Place; 2], TooManyBatches> {
+    pub fn open_batch(&self, caller: &Caller) -> Result<[ClientPermit; 2], TooManyBatches> {
         let rules = self.rules();
         let own = self.open(What::Batch, caller, &[rules.address_batches], &[rules.principal_batches]);
         let own = own.map_err(|(whose, _)| match whose {
             Whose::Address => TooManyBatches::OfAddress,
             Whose::Principal => TooManyBatches::OfPrincipal,
         })?;
-        let mut of_node = Place::of(self, What::Batch);
+        let mut of_node = ClientPermit::of(self, What::Batch);
         of_node.take(Some(Key::Node), &[rules.batches]).map_err(|_| TooManyBatches::OfNode)?;
         Ok([own, of_node])
     }
@@ -229,16 +229,16 @@ impl Limits {
         caller: &Caller,
         address: &[usize],
         principal: &[usize],
-    ) -> Result<Place, (Whose, usize)> {
-        let mut place = Place::of(self, what);
+    ) -> Result<ClientPermit, (Whose, usize)> {
+        let mut place = ClientPermit::of(self, what);
         place.take(caller.network.map(Key::Network), address).map_err(|number| (Whose::Address, number))?;
         place.take(caller.principal.map(Key::Principal), principal).map_err(|number| (Whose::Principal, number))?;
         Ok(place.unless_empty())
     }
 
     /// Takes a place for one more connection of `address`, if it may have one.
-    pub fn open_connection(&self, address: IpAddr) -> Option<Place> {
-        let mut place = Place::of(self, What::Connection);
+    pub fn open_connection(&self, address: IpAddr) -> Option<ClientPermit> {
+        let mut place = ClientPermit::of(self, What::Connection);
         place.take(Some(Key::Network(Network::of(address))), &[self.rules().address_connections]).ok()?;
         Some(place.unless_empty())
     }
@@ -276,7 +276,7 @@ impl Rules {
     }
 }
 
-fn check(rate: Option<&Rate>, key: Option<Key>, amount: usize) -> Result<(), Wait> {
+fn check(rate: Option<&Rate>, key: Option<Key>, amount: usize) -> Result<(), RetryAfter> {
     match (rate, key) {
         (Some(rate), Some(key)) => rate.check(&key, amount),
         _ => Ok(()),
@@ -308,14 +308,14 @@ impl Network {
     }
 }
 
-impl Place {
+impl ClientPermit {
     /// A place where nothing is counted.
-    pub fn uncounted() -> Place {
-        Place(None)
+    pub fn uncounted() -> ClientPermit {
+        ClientPermit(None)
     }
 
-    fn of(limits: &Limits, what: What) -> Place {
-        Place(Some(Box::new(Taken { limits: limits.clone(), what, keys: [None, None] })))
+    fn of(limits: &Limits, what: What) -> ClientPermit {
+        ClientPermit(Some(Box::new(Taken { limits: limits.clone(), what, keys: [None, None] })))
     }
 
     /// Counts what the place is for on `key`, if there is one, and if it has no more of each than these with it. 0 is without
@@ -337,9 +337,9 @@ impl Place {
         Ok(())
     }
 
-    fn unless_empty(self) -> Place {
+    fn unless_empty(self) -> ClientPermit {
         let is_empty = self.0.as_ref().is_none_or(|taken| taken.keys.iter().all(Option::is_none));
-        if is_empty { Place::uncounted() } else { self }
+        if is_empty { ClientPermit::uncounted() } else { self }
     }
 }
 
@@ -411,10 +411,10 @@ mod tests {
     fn filters_of_all_streams_are_counted_together() {
         let limits = limits(|limits| (limits.address_filters, limits.principal_filters) = (64, 10));
         let first = limits.open_stream(&named("ann", "192.0.2.1"), 7).ok().unwrap();
-        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2"), 4).err(), Some(TooMany::FiltersOfPrincipal));
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2"), 4).err(), Some(Exhausted::FiltersOfPrincipal));
         let second = limits.open_stream(&named("ann", "192.0.2.2"), 3).ok().unwrap();
-        assert_eq!(limits.open_stream(&at("192.0.2.1"), 58).err(), Some(TooMany::FiltersOfAddress));
-        assert_eq!(limits.open_stream(&at("192.0.2.3"), 65).err(), Some(TooMany::FiltersOfAddress));
+        assert_eq!(limits.open_stream(&at("192.0.2.1"), 58).err(), Some(Exhausted::FiltersOfAddress));
+        assert_eq!(limits.open_stream(&at("192.0.2.3"), 65).err(), Some(Exhausted::FiltersOfAddress));
         drop((first, second));
         assert!(limits.0.filters.lock().is_empty() && limits.0.streams.lock().is_empty());
     }
@@ -423,10 +423,10 @@ mod tests {
     fn places_are_given_back_and_a_refusal_keeps_none() {
         let limits = limits(|limits| (limits.address_streams, limits.principal_streams) = (2, 1));
         let first = limits.open_stream(&named("ann", "192.0.2.1"), 1).ok().unwrap();
-        assert_eq!(limits.open_stream(&named("ann", "192.0.2.1"), 1).err(), Some(TooMany::OfPrincipal));
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.1"), 1).err(), Some(Exhausted::OfPrincipal));
         let second = limits.open_stream(&at("192.0.2.1"), 1).ok().unwrap();
-        assert_eq!(limits.open_stream(&at("192.0.2.1"), 1).err(), Some(TooMany::OfAddress));
-        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2"), 1).err(), Some(TooMany::OfPrincipal));
+        assert_eq!(limits.open_stream(&at("192.0.2.1"), 1).err(), Some(Exhausted::OfAddress));
+        assert_eq!(limits.open_stream(&named("ann", "192.0.2.2"), 1).err(), Some(Exhausted::OfPrincipal));
         drop((first, second));
         assert!(limits.0.streams.lock().is_empty());
     }

@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use tidegate::{
     auth::{self, Grant, NewKey},
     config::{Config, ConfigError, Rights, Sources, advice, parse_duration},
-    descriptors,
+    fd_limit,
     gateway::{Gateway, NOISE_OFF, Need, StartError},
     log::{Log, ParseError},
     subject::Filter,
@@ -195,7 +195,7 @@ fn check(settings: &Settings) -> Result<ExitCode, Failure> {
     for advice in advice(&config, &sources) {
         say(&format!("warning: {advice}\n"))?;
     }
-    match descriptors::provide(&mut config) {
+    match fd_limit::raise(&mut config) {
         Some(too_few) => say(&format!("open files: {too_few}\n"))?,
         None => say("open files: enough for limits.streams, limits.connections and admin.connections\n")?,
     };
@@ -324,7 +324,7 @@ impl Reloading {
 }
 
 fn provide_files(config: &mut Config) {
-    if let Some(too_few) = descriptors::provide(config) {
+    if let Some(too_few) = fd_limit::raise(config) {
         tracing::warn!("{too_few}");
     }
 }

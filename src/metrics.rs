@@ -63,7 +63,7 @@ metrics! {
     publishes: IntCounterVec("tidegate_publishes_total", "Events taken in over HTTP, by what became of them.", ["outcome": "stored", "unavailable", "unknown", "condition", "key", "refused"]);
     publish_bytes: IntCounter("tidegate_publish_bytes_total", "Bytes of payload that were stored over HTTP.");
     publish_seconds: Histogram("tidegate_publish_seconds", "From handing an event to the broker to its acknowledgement.", [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0]);
-    doubts: IntCounterVec("tidegate_doubts_total", "Times a feed read again from its proven position, by why.", ["cause": "new", "chain", "overflow", "recreated", "audit"]);
+    feed_resyncs: IntCounterVec("tidegate_feed_resyncs_total", "Times a feed read again from its proven position, by why.", ["cause": "new", "chain", "overflow", "recreated", "audit"]);
     gaps: IntCounterVec("tidegate_gaps_total", "Gaps that clients were told of, by why.", ["reason": "expired", "recreated", "rewound", "unknown-id"]);
     history_reads: IntCounter("tidegate_history_reads_total", "Pages of history read on behalf of clients.");
     history_shared: IntCounter("tidegate_history_shared_total", "Pages of history that had been read for another client.");

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use tidegate::{
     broker::{
-        Broker, Condition, From, Page, Publication, PublishError, Published, Read, SnapshotRead, embedded::Embedded,
-        nats::Nats,
+        Broker, Condition, Page, Publication, PublishError, Published, Read, ReadFrom, SnapshotRead,
+        embedded::Embedded, nats::Nats,
     },
     config::{Config, History},
     event::{Epoch, Event, EventId, EventType},
@@ -104,7 +104,7 @@ async fn what_was_published_is_read_as_it_was(broker: &dyn Broker) {
         publish(broker, Publication { kind, payload: payload.clone(), ..on("order.1") }).await.unwrap();
     }
 
-    let page = read(broker, "order.1", From::After(0)).await;
+    let page = read(broker, "order.1", ReadFrom::After(0)).await;
 
     assert_eq!(page.events.iter().map(|e| e.payload.clone()).collect::<Vec<_>>(), payloads);
     let kinds: Vec<_> = page.events.iter().map(|e| e.kind.as_ref().map(EventType::as_str)).collect();
@@ -119,7 +119,7 @@ async fn a_new_broker_holds_nothing(broker: &dyn Broker) {
     let bounds = broker.bounds().await.unwrap();
     assert_eq!((bounds.first, bounds.last), (1, 0));
 
-    let page = read(broker, ">", From::After(0)).await;
+    let page = read(broker, ">", ReadFrom::After(0)).await;
     assert_eq!((page.epoch, page.start, page.first, page.proven, page.more), (bounds.epoch, 0, 1, 0, false));
     assert!(page.events.is_empty());
 
@@ -146,7 +146,7 @@ async fn pages_are_bounded_and_go_on_where_they_ended(broker: &dyn Broker) {
 
     let (mut all, mut after) = (vec![], 0);
     loop {
-        let page = read(broker, "a.*", From::After(after)).await;
+        let page = read(broker, "a.*", ReadFrom::After(after)).await;
         assert_eq!((page.start, page.first), (after, 1));
         assert!(page.events.len() <= HISTORY.page_events);
         assert!(page.proven > after || !page.more);
@@ -177,7 +177,7 @@ async fn a_page_is_bounded_in_bytes(broker: &dyn Broker) {
         publish(broker, Publication { payload: vec![b'x'; 3000].into(), ..on("a") }).await.unwrap();
     }
 
-    let page = read(broker, "a", From::After(0)).await;
+    let page = read(broker, "a", ReadFrom::After(0)).await;
 
     assert!(page.more && page.events.len() < 4);
     assert_eq!(page.proven, page.events.last().unwrap().sequence);
@@ -200,7 +200,7 @@ async fn a_filter_without_events_is_proven_to_the_end(broker: &dyn Broker) {
         publish(broker, on("a")).await.unwrap();
     }
     for filter in ["b", "b.>"] {
-        let wanted = Read { filter: self::filter(filter), from: From::After(2), until: 7 };
+        let wanted = Read { filter: self::filter(filter), from: ReadFrom::After(2), until: 7 };
         let page = broker.read(wanted).await.unwrap();
         assert_eq!((page.start, page.proven, page.more, page.events.len()), (2, 7, false, 0));
     }
@@ -209,7 +209,7 @@ async fn a_filter_without_events_is_proven_to_the_end(broker: &dyn Broker) {
 async fn after_the_end_there_is_nothing(broker: &dyn Broker) {
     publish(broker, on("a")).await.unwrap();
     for after in [1, 2, 1_000_000] {
-        let page = read(broker, "a", From::After(after)).await;
+        let page = read(broker, "a", ReadFrom::After(after)).await;
         assert_eq!((page.start, page.events.len(), page.more), (after, 0, false));
         assert_eq!(page.proven, after);
     }
@@ -224,12 +224,12 @@ async fn reading_begins_at_a_time(broker: &dyn Broker) {
     let minute = jiff::SignedDuration::from_secs(60);
 
     for (time, wanted) in [(of(1) - minute, vec![1, 3, 5]), (of(3), vec![3, 5]), (of(4), vec![5])] {
-        let page = read(broker, "a", From::Time(time)).await;
+        let page = read(broker, "a", ReadFrom::Time(time)).await;
         let wanted: Vec<u64> = wanted;
         assert_eq!(sequences(&page.events), wanted);
         assert!(page.start < wanted[0] && (wanted[0] == 1 || page.start >= wanted[0] - 2));
     }
-    let page = read(broker, "a", From::Time(of(5) + minute)).await;
+    let page = read(broker, "a", ReadFrom::Time(of(5) + minute)).await;
     assert_eq!((page.start, page.proven, page.events.len(), page.more), (5, 5, 0, false));
 }
 
@@ -240,12 +240,12 @@ async fn reading_begins_at_the_last_so_many(broker: &dyn Broker) {
     for (filter, count, first) in
         [("a.x", 1, 28), ("a.x", 2, 25), ("a.*", 3, 27), (">", 4, 27), ("b", 10, 2), ("b", 11, 0), ("a.*", 1000, 0)]
     {
-        let page = read(broker, filter, From::Last(count)).await;
+        let page = read(broker, filter, ReadFrom::Last(count)).await;
         let expected = if first == 0 { 1 + u64::from(filter == "b") } else { first };
         assert_eq!(page.events[0].sequence, expected, "{filter} -{count}");
         assert!(page.start < expected, "{filter} -{count}");
     }
-    let page = read(broker, "nothing", From::Last(5)).await;
+    let page = read(broker, "nothing", ReadFrom::Last(5)).await;
     assert!(page.events.is_empty() && page.proven == 30, "{page:?}");
 }
 
@@ -480,7 +480,7 @@ async fn many_last_sequences_are_told_or_refused(broker: &dyn Broker) {
 async fn a_broker_is_ready_and_says_what_it_is(broker: &dyn Broker) {
     assert_eq!(broker.health(), tidegate::broker::Health::Ready);
     assert!(!broker.describe().is_empty() && !broker.describe().contains('\n'));
-    assert!(!broker.doubts().has_changed().unwrap());
+    assert!(!broker.resync_signal().has_changed().unwrap());
 }
 
 fn if_last(id: EventId) -> Publication {
@@ -495,7 +495,7 @@ async fn publish(broker: &dyn Broker, publication: Publication) -> Result<Publis
     broker.publish(publication).await?.await
 }
 
-async fn read(broker: &dyn Broker, filter: &str, from: From) -> Page {
+async fn read(broker: &dyn Broker, filter: &str, from: ReadFrom) -> Page {
     broker.read(Read { filter: self::filter(filter), from, until: 0 }).await.unwrap()
 }
 
@@ -503,7 +503,7 @@ async fn read(broker: &dyn Broker, filter: &str, from: From) -> Page {
 async fn read_all(broker: &dyn Broker, filter: &str) -> Vec<Event> {
     let (mut all, mut after) = (vec![], 0);
     loop {
-        let page = read(broker, filter, From::After(after)).await;
+        let page = read(broker, filter, ReadFrom::After(after)).await;
         all.extend(page.events);
         after = page.proven;
         if !page.more {

@@ -37,14 +37,14 @@ async fn after_a_crash_ten_thousand_listeners_hear_again() {
         publish(&broker, &subjects[number]).await;
         assert_eq!(stored(&mut listeners[number]).await.subject.as_str(), subjects[number]);
     }
-    let (mut doubts, connections) = (broker.doubts(), broker.link().connections);
+    let (mut resyncs, connections) = (broker.resync_signal(), broker.link().connections);
 
     server.kill();
     eventually(async || matches!(broker.health(), Health::Away(_))).await;
     assert!(broker.live(&filter("b")).await.is_err(), "nobody could tell the server");
     server.resume();
 
-    tokio::time::timeout(PATIENCE, doubts.changed()).await.expect("a doubt in time").unwrap();
+    tokio::time::timeout(PATIENCE, resyncs.changed()).await.expect("a resync in time").unwrap();
     eventually(async || broker.health() == Health::Ready).await;
     assert!(broker.link().connections > connections);
     for number in [0, 4_999, 9_999] {

@@ -13,7 +13,7 @@ use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tidegate::{
-    broker::{Broker, Condition, From, Health, Hint, Publication, Publish, PublishError, Read, nats::Nats},
+    broker::{Broker, Condition, Health, Hint, Publication, Publish, PublishError, Read, ReadFrom, nats::Nats},
     config::{self, History},
     hub::{self, Hub, Start, StartAt},
     memory::Memory,
@@ -330,17 +330,17 @@ async fn work(server: &NatsServer) -> Result<(), String> {
     let said = |error: &dyn std::fmt::Display| error.to_string();
     let broker = Nats::connect(&settings, &HISTORY, EVENT_BYTES, &Memory::new(0)).await.map_err(|e| said(&e))?;
     let operator = Operator::of(server, "operator:change-me-operator@").await;
-    let mut doubts = broker.doubts();
+    let mut resyncs = broker.resync_signal();
     operator.update(json!({ "max_age": 3_600_000_000_000_i64 })).await;
-    let doubt = tokio::time::timeout(Duration::from_secs(1), doubts.changed()).await;
-    doubt.map_err(|_| "no doubt")?.map_err(|e| said(&e))?;
+    let resync = tokio::time::timeout(Duration::from_secs(1), resyncs.changed()).await;
+    resync.map_err(|_| "no resync")?.map_err(|e| said(&e))?;
 
     let mut hints = broker.live(&filter("a")).await.map_err(|e| said(&e))?;
     for subject in ["a", "b"] {
         broker.publish(on(subject)).await.map_err(|e| said(&e))?.await.map_err(|e| said(&e))?;
     }
     tokio::time::timeout(Duration::from_secs(1), hints.next()).await.map_err(|_| "no hint")?;
-    let whole = Read { filter: filter("a"), from: From::After(0), until: 2 };
+    let whole = Read { filter: filter("a"), from: ReadFrom::After(0), until: 2 };
     let page = broker.read(whole).await.map_err(|e| said(&e))?;
     assert_eq!((page.events.len(), page.proven), (1, 2));
     let subjects = ["none"].map(|text| Subject::parse(text).unwrap());
@@ -387,14 +387,14 @@ async fn a_stream_made_anew_is_another_epoch() {
     let server = NatsServer::start();
     let broker = connect(&server.settings()).await;
     let old = broker.publish(on("a")).await.unwrap().await.unwrap().id;
-    let mut doubts = broker.doubts();
+    let mut resyncs = broker.resync_signal();
     let operator = Operator::new(&server).await;
     let config = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
 
     operator.ask("STREAM.DELETE.EVENTS", Value::Null).await;
     operator.ask("STREAM.CREATE.EVENTS", config).await;
 
-    moved(&mut doubts).await;
+    moved(&mut resyncs).await;
     let page = broker.read(all("a")).await.unwrap();
     assert_ne!(page.epoch, old.epoch);
     assert_eq!((page.events.len(), page.proven), (0, 0));
@@ -443,7 +443,7 @@ async fn a_leader_whom_nobody_follows_any_more_is_not_believed() {
     let leader = leader(&cluster, &operator).await;
     let broker = connect(&replicated(leader)).await;
     let stored = broker.publish(on("a")).await.unwrap().await.unwrap().id;
-    let nothing = || async { broker.read(Read { from: From::After(stored.sequence), ..all("a") }).await };
+    let nothing = || async { broker.read(Read { from: ReadFrom::After(stored.sequence), ..all("a") }).await };
     assert_eq!(nothing().await.unwrap().proven, stored.sequence);
 
     let others = || cluster.nodes.iter().filter(|node| node.address() != leader.address());
@@ -486,11 +486,11 @@ async fn a_receipt_is_of_the_stream_that_is_there_even_if_nobody_told_of_it() {
 async fn a_deleted_stream_is_told_and_stores_nothing() {
     let server = NatsServer::start();
     let broker = connect(&server.settings()).await;
-    let mut doubts = broker.doubts();
+    let mut resyncs = broker.resync_signal();
 
     Operator::new(&server).await.ask("STREAM.DELETE.EVENTS", Value::Null).await;
 
-    moved(&mut doubts).await;
+    moved(&mut resyncs).await;
     assert!(broker.bounds().await.is_err() && broker.read(all("a")).await.is_err());
     assert!(matches!(broker.health(), Health::Away(why) if why.contains("stream not found")));
     assert_eq!(broker.publish(on("a")).await.unwrap().await, Err(PublishError::Unavailable));
@@ -563,7 +563,7 @@ async fn after_a_restart_hints_come_again_and_doubts_have_moved() {
     let mut hints = broker.live(&filter("a")).await.unwrap();
     let id = broker.publish(on("a")).await.unwrap().await.unwrap().id;
     assert_eq!(stored(&mut hints).await.sequence, 1);
-    let mut doubts = broker.doubts();
+    let mut resyncs = broker.resync_signal();
 
     server.kill();
     eventually(async || matches!(broker.health(), Health::Away(_))).await;
@@ -571,7 +571,7 @@ async fn after_a_restart_hints_come_again_and_doubts_have_moved() {
     assert!(broker.read(all("a")).await.is_err());
     server.resume();
 
-    moved(&mut doubts).await;
+    moved(&mut resyncs).await;
     eventually(async || broker.health() == Health::Ready).await;
     let next = broker.publish(on("a")).await.unwrap().await.unwrap().id;
     assert_eq!((next.epoch, next.sequence), (id.epoch, 2));
@@ -679,7 +679,7 @@ async fn messages_that_no_library_would_send_are_read_as_any_other() {
 
     let (mut read, mut after) = (vec![], 0);
     eventually(async || {
-        let page = broker.read(Read { from: From::After(after), ..all(">") }).await.unwrap();
+        let page = broker.read(Read { from: ReadFrom::After(after), ..all(">") }).await.unwrap();
         after = page.proven;
         read.extend(page.events);
         !page.more
@@ -781,9 +781,9 @@ impl Operator {
 }
 
 fn all(filter: &str) -> Read {
-    Read { filter: self::filter(filter), from: From::After(0), until: 0 }
+    Read { filter: self::filter(filter), from: ReadFrom::After(0), until: 0 }
 }
 
-async fn moved(doubts: &mut watch::Receiver<u64>) {
-    tokio::time::timeout(PATIENCE, doubts.changed()).await.expect("a doubt in time").unwrap();
+async fn moved(resyncs: &mut watch::Receiver<u64>) {
+    tokio::time::timeout(PATIENCE, resyncs.changed()).await.expect("a resync in time").unwrap();
 }

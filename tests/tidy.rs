@@ -11,7 +11,7 @@ use tidegate::{http::error::Code, metrics::Metrics};
 
 /// Each room of `src` and the rooms it may use. Downwards only: a room is named below all that use it.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["gateway", "auth", "descriptors", "config", "log", "subject"]),
+    ("main", &["gateway", "auth", "fd_limit", "config", "log", "subject"]),
     (
         "gateway",
         &["http", "auth", "delivery", "limits", "hub", "broker", "memory", "metrics", "panics", "shutdown", "config"],
@@ -38,7 +38,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("broker", &["nats", "memory", "position", "event", "subject", "panics", "backoff", "config", "fuzz"]),
     ("nats", &["backoff", "fuzz"]),
     ("event", &["subject"]),
-    ("descriptors", &["config"]),
+    ("fd_limit", &["config"]),
     ("config", &["subject", "fuzz"]),
     ("log", &["config"]),
     ("backoff", &[]),
@@ -62,14 +62,14 @@ const OWNED: &[(&str, &[&str])] = &[
     ("ureq", &["auth/jwks"]),
     ("subtle", &["auth"]),
     ("governor", &["limits"]),
-    ("ipnet", &["http/address", "config"]),
+    ("ipnet", &["http/client_address", "config"]),
     ("prometheus", &["metrics"]),
     ("tracing_subscriber", &["log"]),
     ("figment", &["config"]),
     ("toml_edit", &["config"]),
     ("clap", &["main"]),
     ("socket2", &["delivery"]),
-    ("use nix::", &["delivery", "descriptors"]),
+    ("use nix::", &["delivery", "fd_limit"]),
 ];
 
 #[test]

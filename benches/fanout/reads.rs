@@ -10,7 +10,7 @@ use std::{
 };
 
 use tidegate::{
-    broker::{Broker, From, Publication, Publish, Read, SnapshotRead, embedded::Embedded},
+    broker::{Broker, Publication, Publish, Read, ReadFrom, SnapshotRead, embedded::Embedded},
     config::Config,
     subject::{Filter, Subject},
 };
@@ -111,7 +111,7 @@ fn filters(request: usize) -> Vec<Filter> {
 }
 
 /// As many filters are read at a time as a gateway reads for all its clients.
-fn at_once(broker: &Arc<Embedded>, filters: Vec<Filter>, from: From) {
+fn at_once(broker: &Arc<Embedded>, filters: Vec<Filter>, from: ReadFrom) {
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
     runtime.block_on(async {
         let reads = filters.into_iter().map(|filter| {
@@ -125,11 +125,11 @@ fn at_once(broker: &Arc<Embedded>, filters: Vec<Filter>, from: From) {
 }
 
 fn last(broker: Arc<Embedded>, request: usize) {
-    at_once(&broker, filters(request), From::Last(100));
+    at_once(&broker, filters(request), ReadFrom::Last(100));
 }
 
 fn first(broker: Arc<Embedded>, request: usize) {
-    at_once(&broker, filters(request), From::After(0));
+    at_once(&broker, filters(request), ReadFrom::After(0));
 }
 
 fn snapshot(broker: Arc<Embedded>, request: usize) {

@@ -10,7 +10,7 @@ use rand::Rng;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
-use super::{Carrier, Principal, Refusal, StartError};
+use super::{Principal, Refusal, StartError};
 use crate::config::{self, Rights};
 
 /// What every key begins with, so that one that leaked is recognised for what it is.
@@ -50,7 +50,7 @@ impl ApiKeys {
     }
 
     /// Whose key this is. Takes the same time whichever it is, or none.
-    pub(super) fn find(&self, text: &str, carrier: Carrier) -> Result<Principal, Refusal> {
+    pub(super) fn find(&self, text: &str) -> Result<Principal, Refusal> {
         let hash = hash(text);
         let mut found = u32::MAX;
         for (number, key) in (0..).zip(&self.0) {
@@ -58,7 +58,7 @@ impl ApiKeys {
             found.conditional_assign(&number, is_it);
         }
         match self.0.get(found as usize) {
-            Some(key) => Ok(Principal::of_key(&key.name, &key.rights, carrier)),
+            Some(key) => Ok(Principal::of_key(&key.name, &key.rights)),
             None => Err(Refusal::Invalid("this API key is not known".into())),
         }
     }

@@ -22,7 +22,7 @@ use std::{
 use self::{api_key::ApiKeys, key::Key, token::Tokens};
 pub use self::{
     api_key::NewKey,
-    principal::{Carrier, Principal},
+    principal::Principal,
     token::{Grant, MintError, mint},
 };
 use crate::{
@@ -107,12 +107,6 @@ pub enum Refusal {
     KeysAway,
 }
 
-/// What a request brought to say who sends it.
-pub struct Credential<'a> {
-    pub text: &'a str,
-    pub carrier: Carrier,
-}
-
 impl Auth {
     /// Reads keys, and waits for the first answer of a JWKS URL, good or bad; from then on a task keeps it fresh.
     ///
@@ -171,20 +165,20 @@ impl Auth {
         Version { rules: Arc::downgrade(&auth), published: auth.tokens.as_ref().and_then(Tokens::published) }
     }
 
-    /// Who brings this.
+    /// The principal of this credential.
     ///
     /// # Errors
-    /// When it is no good, or can't be told to be. Only without any are they anonymous.
-    pub async fn identify(&self, credential: Option<Credential<'_>>) -> Result<Principal, Refusal> {
+    /// When the credential is invalid, or can't be checked now. Only a request without a credential is anonymous.
+    pub async fn authenticate(&self, credential: Option<&str>) -> Result<Principal, Refusal> {
         let auth = self.now();
         match (credential, auth.openness) {
             (None, _) | (Some(_), Openness::Local | Openness::Open) => Ok(auth.anonymous.clone()),
-            (Some(Credential { text, carrier }), Openness::Closed) => {
+            (Some(text), Openness::Closed) => {
                 if ApiKeys::is_key(text) {
-                    return auth.keys.find(text, carrier);
+                    return auth.keys.find(text);
                 }
                 match &auth.tokens {
-                    Some(tokens) => tokens.verify(text, carrier).await,
+                    Some(tokens) => tokens.verify(text).await,
                     None => Err(Refusal::Invalid("no tokens are taken here".into())),
                 }
             }

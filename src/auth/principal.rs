@@ -15,7 +15,6 @@ pub struct Principal {
     who: Who,
     rights: Arc<Rights>,
     expires: Option<Timestamp>,
-    carrier: Option<Carrier>,
 }
 
 #[derive(Clone, Debug)]
@@ -26,18 +25,9 @@ enum Who {
     Bearer(Arc<str>),
 }
 
-/// What brought a credential.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Carrier {
-    Header,
-    /// Sent by browsers of their own accord, also from other sites' pages.
-    Cookie,
-    Query,
-}
-
 impl Principal {
     pub(super) fn anonymous(rights: Rights) -> Principal {
-        Principal { who: Who::Anonymous, rights: Arc::new(rights), expires: None, carrier: None }
+        Principal { who: Who::Anonymous, rights: Arc::new(rights), expires: None }
     }
 
     /// Somebody on an open gateway, who may do everything.
@@ -46,14 +36,14 @@ impl Principal {
         Principal::anonymous(Rights { subscribe: everything(), publish: everything() })
     }
 
-    pub(super) fn of_key(name: &Arc<str>, rights: &Arc<Rights>, carrier: Carrier) -> Principal {
+    pub(super) fn of_key(name: &Arc<str>, rights: &Arc<Rights>) -> Principal {
         let (who, rights) = (Who::ApiKey(name.clone()), rights.clone());
-        Principal { who, rights, expires: None, carrier: Some(carrier) }
+        Principal { who, rights, expires: None }
     }
 
-    pub(super) fn of_token(name: &str, rights: Rights, expires: Timestamp, carrier: Carrier) -> Principal {
+    pub(super) fn of_token(name: &str, rights: Rights, expires: Timestamp) -> Principal {
         let (who, rights) = (Who::Bearer(name.into()), Arc::new(rights));
-        Principal { who, rights, expires: Some(expires), carrier: Some(carrier) }
+        Principal { who, rights, expires: Some(expires) }
     }
 
     /// Whether every event that `filter` matches may be read: one of the allowed filters covers all of it.
@@ -90,11 +80,6 @@ impl Principal {
 
     pub fn has_expired(&self) -> bool {
         self.expires.is_some_and(|at| at <= Timestamp::now())
-    }
-
-    /// What brought the credential; `None` where there was none.
-    pub fn carrier(&self) -> Option<Carrier> {
-        self.carrier
     }
 
     pub(super) fn rights(&self) -> &Rights {

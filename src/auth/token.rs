@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{
-    Carrier, Principal, Refusal, StartError,
+    Principal, Refusal, StartError,
     jwks::{Known, RemoteKeys},
     key::{self, Key, SECRET_BYTES_MIN},
     policy::Template,
@@ -83,7 +83,7 @@ impl Tokens {
     }
 
     /// Who bears this token.
-    pub(super) async fn verify(&self, token: &str, carrier: Carrier) -> Result<Principal, Refusal> {
+    pub(super) async fn verify(&self, token: &str) -> Result<Principal, Refusal> {
         if token.len() > self.token_bytes {
             return Err(invalid("the token is too long"));
         }
@@ -97,7 +97,7 @@ impl Tokens {
             return Err(invalid("the token is for another audience (aud)"));
         }
         let rights = self.rights(&claims)?;
-        Ok(Principal::of_token(&name(token, &claims), rights, expires, carrier))
+        Ok(Principal::of_token(&name(token, &claims), rights, expires))
     }
 
     async fn claims(&self, token: &str, header: &Header) -> Result<Claims, Refusal> {
@@ -337,7 +337,7 @@ mod tests {
             lifetime: CONFIG.auth.jwt.lifetime,
             takes_audience: false,
         });
-        TOKENS.verify(token, Carrier::Header).now_or_never().expect("nothing is waited for")
+        TOKENS.verify(token).now_or_never().expect("nothing is waited for")
     }
 
     fn good() -> &'static str {

@@ -22,8 +22,8 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::{
-    Acknowledgement, Bounds, Broker, BrokerError, Condition, From, Health, Hint, Hints, LastKnown, Page, Publication,
-    Publish, PublishError, Published, Read, SnapshotPage, SnapshotRead,
+    Acknowledgement, Bounds, Broker, BrokerError, Condition, Health, Hint, Hints, LastKnown, Page, Publication,
+    Publish, PublishError, Published, Read, ReadFrom, SnapshotPage, SnapshotRead,
     mailbox::{Mailbox, Received},
 };
 use crate::{
@@ -51,7 +51,7 @@ pub struct Embedded {
     limits: config::Embedded,
     page: config::History,
     log: Arc<Mutex<Log>>,
-    doubts: watch::Sender<u64>,
+    resyncs: watch::Sender<u64>,
 }
 
 /// Everything that is kept. Invariants: `events`, `by_subject` and `bytes` tell of the same events; every event whose
@@ -127,7 +127,7 @@ impl Embedded {
             limits: limits.clone(),
             page: page.clone(),
             log: Arc::new(Mutex::new(Log { first: 1, ..Log::default() })),
-            doubts: watch::Sender::new(0),
+            resyncs: watch::Sender::new(0),
         }
     }
 
@@ -237,9 +237,9 @@ impl Broker for Embedded {
 
     async fn read(&self, read: Read) -> Result<Page, BrokerError> {
         let start = match read.from {
-            From::After(sequence) => sequence,
-            From::Time(time) => self.log().before(time),
-            From::Last(count) => self.before_last(&read.filter, count).await,
+            ReadFrom::After(sequence) => sequence,
+            ReadFrom::Time(time) => self.log().before(time),
+            ReadFrom::Last(count) => self.before_last(&read.filter, count).await,
         };
         let exact = read.filter.exact();
         let mut scan = Scan::after(start);
@@ -288,8 +288,8 @@ impl Broker for Embedded {
         Ok(Bounds { epoch: self.epoch, first: log.first, last: log.last, time: None })
     }
 
-    fn doubts(&self) -> watch::Receiver<u64> {
-        self.doubts.subscribe()
+    fn resync_signal(&self) -> watch::Receiver<u64> {
+        self.resyncs.subscribe()
     }
 
     fn health(&self) -> Health {
@@ -521,7 +521,7 @@ mod tests {
         store(&broker, "rare");
         (0..20_000).for_each(|number| store(&broker, &format!("orders.{}", number % 100)));
         let filter = |text: &str| Filter::parse(text).unwrap();
-        for (from, until) in [(From::Last(5), 20_000), (From::After(0), SCAN_MAX - STEP_EVENTS)] {
+        for (from, until) in [(ReadFrom::Last(5), 20_000), (ReadFrom::After(0), SCAN_MAX - STEP_EVENTS)] {
             let read = Read { filter: filter("*.rare"), from, until: 0 };
             let (steps, page) = steps(broker.read(read), || store(&broker, "other"));
             assert!(steps >= until / STEP_EVENTS, "{from:?}: {steps}");
@@ -544,12 +544,12 @@ mod tests {
             ("*.7", 0, vec![]),
             (">", 2, vec![4999, 5000]),
         ] {
-            let read = Read { filter: Filter::parse(text).unwrap(), from: From::Last(count), until: 0 };
+            let read = Read { filter: Filter::parse(text).unwrap(), from: ReadFrom::Last(count), until: 0 };
             let page = steps(broker.read(read), || ()).1.unwrap();
             let found: Vec<_> = page.events.iter().map(|event| event.sequence).collect();
             assert_eq!((found, page.proven, page.more), (expected, 5000, false), "{text}");
         }
-        let read = Read { filter: Filter::parse("*.7").unwrap(), from: From::Last(1_000), until: 0 };
+        let read = Read { filter: Filter::parse("*.7").unwrap(), from: ReadFrom::Last(1_000), until: 0 };
         let page = steps(broker.read(read), || ()).1.unwrap();
         assert_eq!((page.start, page.events.len()), (0, 100), "there are no more");
     }

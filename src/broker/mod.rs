@@ -81,7 +81,7 @@ pub trait Broker: Publish {
 
     /// Counts the occasions on which live hints may have been lost without notice (a reconnect, an election, a stream
     /// event). Whoever relies on hints reads again when it moves.
-    fn doubts(&self) -> watch::Receiver<u64>;
+    fn resync_signal(&self) -> watch::Receiver<u64>;
 
     /// Whether requests can be expected to succeed now.
     fn health(&self) -> Health;
@@ -151,7 +151,7 @@ pub enum BrokerError {
     Protocol(String),
 }
 
-/// Live hints of one filter. They never end: whatever breaks on their way is a doubt, or a hint lost.
+/// Live hints of one filter. They never end: whatever breaks on their way is a resync signal, or a lost hint.
 pub type Hints = Pin<Box<dyn Stream<Item = Hint> + Send>>;
 
 /// What the broker says without being asked. May be missing, repeated or out of order.
@@ -168,13 +168,13 @@ pub enum Hint {
 #[derive(Clone, Debug)]
 pub struct Read {
     pub filter: Filter,
-    pub from: From,
+    pub from: ReadFrom,
     /// Prove completeness at least up to this sequence, if that can be had (0: as far as this page goes).
     pub until: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum ReadFrom {
     /// After this sequence.
     After(u64),
     /// Stored at this time or later.

@@ -26,16 +26,16 @@ use nix::{
 use rand::RngExt;
 use tokio::{net::TcpStream, time::Instant};
 
-use super::{Common, Record, Slot, peer, porter::Wakers};
+use super::{Common, OpenCount, StreamRecord, liveness, worker::Wakers};
 use crate::{
     backoff::jittered,
     hub::{Cursor, Frame},
-    limits::Place,
+    limits::ClientPermit,
     sse::{self, Framing},
 };
 
 /// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
-const PATIENCE: Duration = Duration::from_millis(250);
+const GIVE_BACK_AFTER: Duration = Duration::from_millis(250);
 /// What a client holds of events that it has begun, in bytes, above which it is looked at more often...
 const LARGE_BYTES: usize = 16 * 1024;
 /// ...namely as often as this: where the node is short of memory, a client that has taken so long is let go.
@@ -60,7 +60,7 @@ pub(super) enum End {
     /// Drained while its client did not read: within a frame, after which nothing may be written.
     Cut,
     /// It has lived for as long as a stream may.
-    Aged,
+    MaxLifetime,
     /// The client's token has expired.
     Expired,
     /// So it has, while the client did not read.
@@ -73,9 +73,9 @@ pub(super) struct Stream {
     socket: TcpStream,
     framing: Framing,
     cursor: Cursor,
-    record: Arc<Record>,
+    record: Arc<StreamRecord>,
     /// What the socket had no room for.
-    held: Option<Box<Held>>,
+    held: Option<Box<PendingWrite>>,
     written_at: Instant,
     /// The next heartbeat; of a stream that drains, its end.
     beat_at: Instant,
@@ -84,8 +84,8 @@ pub(super) struct Stream {
     /// In seconds since [`Common::began`]: an instant would take four times as much of every stream.
     ages_at: u32,
     expiry: Option<Box<Expiry>>,
-    _slot: Slot,
-    _place: Place,
+    _open_count: OpenCount,
+    _place: ClientPermit,
 }
 
 /// A stream's turn to do something.
@@ -97,8 +97,8 @@ pub(super) struct Turn<'t> {
 }
 
 /// What waits for room in the socket.
-struct Held {
-    words: Words,
+struct PendingWrite {
+    buffer: WriteBuffer,
     began: Instant,
     /// When the client last took something.
     since: Instant,
@@ -109,7 +109,7 @@ struct Held {
 }
 
 /// What is being written.
-struct Words {
+struct WriteBuffer {
     framing: Framing,
     /// What comes before the frames, and is no event.
     plain: Bytes,
@@ -146,26 +146,26 @@ impl Stream {
         (socket, framing): (TcpStream, Framing),
         opening: &str,
         cursor: Cursor,
-        record: Arc<Record>,
+        record: Arc<StreamRecord>,
         expiry: Option<Expiry>,
-        (slot, place): (Slot, Place),
+        (open_count, place): (OpenCount, ClientPermit),
     ) -> Stream {
         common.metrics.streams.inc();
         let now = Instant::now();
-        let opening = Words::plain(framing, framing.frame(opening));
+        let opening = WriteBuffer::plain(framing, framing.frame(opening));
         Stream {
             socket,
             framing,
             cursor,
             record,
-            held: Some(Box::new(Held::new(opening, now, common))),
+            held: Some(Box::new(PendingWrite::new(opening, now, common))),
             written_at: now,
             beat_at: now + jittered(common.sse.heartbeat),
             drains: false,
             unasked_bytes: 0,
             ages_at: common.end_of_a_life(),
             expiry: expiry.map(Box::new),
-            _slot: slot,
+            _open_count: open_count,
             _place: place,
         }
     }
@@ -173,9 +173,9 @@ impl Stream {
     /// When it has something to do, whatever happens until then.
     pub fn due(&self, common: &Common) -> Instant {
         let flowing = || self.expiry.as_ref().map_or(self.beat_at, |expiry| self.beat_at.min(expiry.next()));
-        let held = |held: &Held| {
+        let held = |held: &PendingWrite| {
             let stalls = Some(held.since + common.limits.borrow().stall);
-            let patience = (!held.is_least).then_some(held.since + PATIENCE);
+            let patience = (!held.is_least).then_some(held.since + GIVE_BACK_AFTER);
             let expires = self.expiry.as_ref().map(|expiry| expiry.at);
             [stalls, patience, expires, held.cut_at].into_iter().flatten().fold(held.look_at, Instant::min)
         };
@@ -185,11 +185,11 @@ impl Stream {
     /// Writes the opening, and what there is for its client already.
     pub fn begin(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         if let Some(held) = self.held.take() {
-            let mut words = held.words;
+            let mut buffer = held.buffer;
             if let Poll::Ready(frames) = self.next_frames(turn) {
-                words.frames = frames.into();
+                buffer.frames = frames.into();
             }
-            self.write(turn, words)?;
+            self.write(turn, buffer)?;
         }
         self.attend(turn)
     }
@@ -212,7 +212,7 @@ impl Stream {
         while self.held.is_none() {
             let Poll::Ready(frames) = self.next_frames(turn) else { break };
             self.written_at = turn.now;
-            self.write(turn, Words { frames: frames.into(), ..Words::plain(self.framing, Bytes::new()) })?;
+            self.write(turn, WriteBuffer { frames: frames.into(), ..WriteBuffer::plain(self.framing, Bytes::new()) })?;
         }
         Ok(())
     }
@@ -250,7 +250,7 @@ impl Stream {
     fn go_on(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         while let Some(mut held) = self.held.take() {
             let has_room = self.socket.poll_write_ready(&mut Context::from_waker(&turn.wakers.socket)).is_ready();
-            let wrote = if has_room { self.write_some(turn.common, &mut held.words)? } else { Wrote::Nothing };
+            let wrote = if has_room { self.write_some(turn.common, &mut held.buffer)? } else { Wrote::Nothing };
             match wrote {
                 Wrote::All if held.cut_at.is_some() && !self.drains => self.leave_later(turn),
                 Wrote::All => {}
@@ -287,7 +287,7 @@ impl Stream {
     pub fn end(mut self, end: End, common: &Common) {
         let farewell = match end {
             End::Drained => Some((common.retry(), "draining")),
-            End::Aged => Some((common.retry() / 10, "max_life")),
+            End::MaxLifetime => Some((common.retry() / 10, "max_life")),
             End::Expired => Some((common.retry(), "token_expired")),
             End::ClientClosed
             | End::ClientGone
@@ -303,12 +303,12 @@ impl Stream {
             let bye = sse::bye(retry, reason, id.as_ref().map(|id| id as &dyn Display));
             let _ = self.socket.try_write(&self.framing.frame(&bye));
         }
-        let Stream { record, socket, cursor, _slot, _place, .. } = self;
+        let Stream { record, socket, cursor, _open_count, _place, .. } = self;
         // Before the metric says so, there is room for another.
-        drop((socket, cursor, _slot, _place));
+        drop((socket, cursor, _open_count, _place));
         common.metrics.streams.dec();
         common.metrics.streams_ended.with_label_values(&[end.as_str()]).inc();
-        common.register.close(record, end.as_str()).log();
+        common.registry.close(record, end.as_str()).log();
     }
 
     /// Warns of the token's end, or ends at it.
@@ -327,7 +327,7 @@ impl Stream {
             return Err(End::Drained);
         }
         if turn.common.age() >= self.ages_at {
-            return Err(End::Aged);
+            return Err(End::MaxLifetime);
         }
         self.check_peer(turn.common)?;
         let heartbeat = turn.common.sse.heartbeat;
@@ -338,7 +338,7 @@ impl Stream {
             next = next.saturating_sub(quiet);
         } else if let Some(id) = self.cursor.quiet_position() {
             self.write_plain(turn, self.framing.frame(&sse::position(&id)))?;
-            self.cursor.tell(&self.record.whereabouts, u64::MAX);
+            self.cursor.tell(&self.record.progress, u64::MAX);
         } else {
             self.write_plain(turn, self.framing.heartbeat())?;
         }
@@ -359,10 +359,10 @@ impl Stream {
         if held.since + common.limits.borrow().stall <= now {
             return Err(End::Stalled);
         }
-        if !held.is_least && held.since + PATIENCE <= now {
+        if !held.is_least && held.since + GIVE_BACK_AFTER <= now {
             held.is_least = true;
-            held.words.frames.truncate(1);
-            if let Some(first) = held.words.frames.front() {
+            held.buffer.frames.truncate(1);
+            if let Some(first) = held.buffer.frames.front() {
                 self.cursor.give_back_after(first.sequence);
             }
         }
@@ -377,36 +377,36 @@ impl Stream {
     }
 
     fn write_plain(&mut self, turn: &Turn<'_>, plain: Bytes) -> Result<(), End> {
-        self.write(turn, Words::plain(self.framing, plain))
+        self.write(turn, WriteBuffer::plain(self.framing, plain))
     }
 
     /// Writes, and holds what there is no room for.
-    fn write(&mut self, turn: &Turn<'_>, mut words: Words) -> Result<(), End> {
-        if let Wrote::All = self.write_some(turn.common, &mut words)? {
+    fn write(&mut self, turn: &Turn<'_>, mut buffer: WriteBuffer) -> Result<(), End> {
+        if let Wrote::All = self.write_some(turn.common, &mut buffer)? {
             return Ok(());
         }
-        if words.frames.is_empty() {
+        if buffer.frames.is_empty() {
             self.cursor.let_go();
         }
-        self.held = Some(Box::new(Held::new(words, turn.now, turn.common)));
+        self.held = Some(Box::new(PendingWrite::new(buffer, turn.now, turn.common)));
         self.go_on(turn)
     }
 
-    /// Writes as much as there is room for, and takes it off `words`.
-    fn write_some(&mut self, common: &Common, words: &mut Words) -> Result<Wrote, End> {
+    /// Writes as much as there is room for, and takes it off `buffer`.
+    fn write_some(&mut self, common: &Common, buffer: &mut WriteBuffer) -> Result<Wrote, End> {
         let mut wrote = Wrote::Nothing;
-        while !words.is_empty() {
-            match words.write_to(&self.socket) {
+        while !buffer.is_empty() {
+            match buffer.write_to(&self.socket) {
                 Ok(written) => {
                     wrote = Wrote::Some;
                     let metrics = &common.metrics;
                     metrics.bytes_delivered.inc_by(written as u64);
-                    metrics.writes.inc_by(u64::from(!words.frames.is_empty()));
-                    let Whole { count, reached, newest_stored } = words.take_off(written);
+                    metrics.writes.inc_by(u64::from(!buffer.frames.is_empty()));
+                    let Whole { count, reached, newest_stored } = buffer.take_off(written);
                     metrics.events_delivered.inc_by(count);
                     self.record.wrote(count, written);
                     if let Some(reached) = reached {
-                        self.cursor.tell(&self.record.whereabouts, reached);
+                        self.cursor.tell(&self.record.progress, reached);
                     }
                     if let Some(stored) = newest_stored {
                         metrics.delivery_seconds.observe(seconds_since(stored));
@@ -420,7 +420,7 @@ impl Stream {
     }
 
     fn check_peer(&self, common: &Common) -> Result<(), End> {
-        if peer::is_gone(&self.socket, 2 * common.sse.heartbeat) { Err(End::ClientGone) } else { Ok(()) }
+        if liveness::is_gone(&self.socket, 2 * common.sse.heartbeat) { Err(End::ClientGone) } else { Ok(()) }
     }
 }
 
@@ -431,11 +431,11 @@ enum Wrote {
     All,
 }
 
-impl Held {
-    fn new(words: Words, since: Instant, common: &Common) -> Held {
-        let is_least = words.frames.is_empty();
+impl PendingWrite {
+    fn new(buffer: WriteBuffer, since: Instant, common: &Common) -> PendingWrite {
+        let is_least = buffer.frames.is_empty();
         let cut_at = common.draining.is_cancelled().then_some(since + common.drain.spread);
-        let mut held = Held { words, began: since, since, is_least, look_at: since, cut_at };
+        let mut held = PendingWrite { buffer, began: since, since, is_least, look_at: since, cut_at };
         held.look_at = since + held.look_every(common);
         held
     }
@@ -445,7 +445,7 @@ impl Held {
     }
 
     fn is_large(&self) -> bool {
-        self.words.frames.iter().map(|frame| frame.block.len()).sum::<usize>() > LARGE_BYTES
+        self.buffer.frames.iter().map(|frame| frame.block.len()).sum::<usize>() > LARGE_BYTES
     }
 }
 
@@ -458,9 +458,9 @@ struct Whole {
     newest_stored: Option<Timestamp>,
 }
 
-impl Words {
-    fn plain(framing: Framing, plain: Bytes) -> Words {
-        Words { framing, plain, frames: VecDeque::new(), begun: 0 }
+impl WriteBuffer {
+    fn plain(framing: Framing, plain: Bytes) -> WriteBuffer {
+        WriteBuffer { framing, plain, frames: VecDeque::new(), begun: 0 }
     }
 
     fn is_empty(&self) -> bool {
@@ -531,7 +531,7 @@ impl End {
             End::WriteFailed => "write-failed",
             End::Drained => "drained",
             End::Cut => "cut",
-            End::Aged => "aged",
+            End::MaxLifetime => "aged",
             End::Expired | End::ExpiredUnread => "token-expired",
             End::Failed => "failed",
         }

@@ -35,15 +35,15 @@ use serde_json::value::RawValue;
 
 use super::{
     App,
+    authenticate::{self, Sender},
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
-    passage::caller,
+    middleware::caller,
     publish::{Receipt, check_coding, key_of, parse_key, parse_last, parse_subject, parse_ttl, parse_type},
     query::Parameters,
-    who::{self, Sender},
 };
 use crate::{
     broker::{Condition, Publication},
-    limits::{Caller, Limits, Place, Wait},
+    limits::{Caller, ClientPermit, Limits, RetryAfter},
     memory::{Held, Memory, Part},
     metrics::Counted,
     subject::Subject,
@@ -75,7 +75,7 @@ const PARAMETERS: Parameters = Parameters {
             &["data", "payload", "message", "type", "ttl", "event"],
             "there are none here; each line of a batch has it as a field",
         ),
-        who::ADVICE,
+        authenticate::ADVICE,
     ],
 };
 
@@ -99,7 +99,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     let (behind_proxy, is_announced) = (has(REFUSAL_HEADER), !has(header::TRANSFER_ENCODING.as_str()));
     let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines::new(payload, bytes_max, Toll::new(app.shares.clone(), caller), &app.memory),
+        lines: Lines::new(payload, bytes_max, Throttle::new(app.shares.clone(), caller), &app.memory),
         waiting: FuturesOrdered::new(),
         ended: false,
         sender,
@@ -139,11 +139,11 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     response
 }
 
-async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller, [Place; 2]), ApiError> {
+async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller, [ClientPermit; 2]), ApiError> {
     let query = app.query(request, &PARAMETERS)?;
-    let mut sender = Sender::identify(app, request, query).await?;
+    let mut sender = Sender::authenticate(app, request, query).await?;
     let principal = sender.now(app).await?;
-    who::check_publish_anything(principal)?;
+    authenticate::check_publish_anything(principal)?;
     let caller = caller(request, principal);
     if let Some((header, field)) = HEADERS_OF_ONE.iter().find(|(header, _)| request.headers().contains_key(*header)) {
         let fields = HEADERS_OF_ONE.map(|(_, field)| field).join(", ");
@@ -171,7 +171,7 @@ async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller, [Pla
 
 struct Batch {
     sender: Sender,
-    _places: [Place; 2],
+    _places: [ClientPermit; 2],
     _counted: Counted,
     app: web::Data<App>,
     lines: Lines,
@@ -200,7 +200,7 @@ impl Batch {
             match self.next_answer(PAUSE).await {
                 Next::Answer(answer) => answers.extend_from_slice(&answer),
                 // A sender that is made to wait has not paused: it would be made to wait for ever by the nginx above.
-                Next::Pause if self.lines.toll.is_owed() => {}
+                Next::Pause if self.lines.throttle.is_owed() => {}
                 last @ (Next::Pause | Next::End) => return (answers.freeze(), last),
             }
         }
@@ -280,7 +280,7 @@ impl Batch {
     async fn publish(&mut self, line: Bytes) -> Result<(Subject, super::Receipt), ApiError> {
         let mut publication = self.parse(line).await?;
         let principal = self.sender.now(&self.app).await?;
-        who::check_publish(principal, &publication.subject)?;
+        authenticate::authorize_publish(principal, &publication.subject)?;
         publication.key = publication.key.map(|key| key_of(principal, &key));
         let subject = publication.subject.clone();
         let receipt = self.app.publish(principal, publication).await?;
@@ -352,7 +352,7 @@ struct Lines {
     bytes_max: usize,
     /// What has been read and is still to be counted.
     held: Option<Line>,
-    toll: Toll,
+    throttle: Throttle,
 }
 
 enum Line {
@@ -368,9 +368,9 @@ enum Dropped {
 }
 
 impl Lines {
-    fn new(payload: web::Payload, bytes_max: usize, toll: Toll, memory: &Memory) -> Lines {
+    fn new(payload: web::Payload, bytes_max: usize, throttle: Throttle, memory: &Memory) -> Lines {
         let (bytes, memory) = (BytesMut::new(), memory.hold(Part::Batches, 0));
-        Lines { payload, bytes, searched: 0, number: 0, dropped: None, memory, bytes_max, held: None, toll }
+        Lines { payload, bytes, searched: 0, number: 0, dropped: None, memory, bytes_max, held: None, throttle }
     }
 
     /// The next line that is not blank, without its end, once it may be published. Breaks at the end of the body, or where
@@ -379,7 +379,7 @@ impl Lines {
     /// May be dropped at any await and called again; nothing is lost.
     async fn next(&mut self) -> ControlFlow<(), Line> {
         loop {
-            self.toll.pay().await;
+            self.throttle.pay().await;
             if let Some(line) = self.held.take() {
                 return ControlFlow::Continue(line);
             }
@@ -389,7 +389,7 @@ impl Lines {
             }
             match Pin::new(&mut self.payload).next().await {
                 Some(Ok(piece)) => {
-                    self.toll.owe_bytes(piece.len());
+                    self.throttle.owe_bytes(piece.len());
                     self.bytes.extend_from_slice(&piece);
                     self.memory.resize(self.bytes.len());
                 }
@@ -429,7 +429,7 @@ impl Lines {
     fn hold(&mut self, mut line: BytesMut) {
         self.number += 1;
         self.searched = 0;
-        self.toll.owe_line();
+        self.throttle.owe_line();
         if self.number == 1 && line.starts_with(BYTE_ORDER_MARK) {
             line.advance(BYTE_ORDER_MARK.len());
         }
@@ -447,7 +447,7 @@ impl Lines {
 
 /// What a batch owes for what was read of it: every line, blank and bad ones, too, and every byte counts against what its
 /// sender may publish; and after some of either, others have their turn.
-struct Toll {
+struct Throttle {
     shares: Limits,
     caller: Caller,
     line: bool,
@@ -456,9 +456,9 @@ struct Toll {
     work: usize,
 }
 
-impl Toll {
-    fn new(shares: Limits, caller: Caller) -> Toll {
-        Toll { shares, caller, line: false, bytes: 0, work: 0 }
+impl Throttle {
+    fn new(shares: Limits, caller: Caller) -> Throttle {
+        Throttle { shares, caller, line: false, bytes: 0, work: 0 }
     }
 
     /// Takes one line into account; what was owed before has been paid.
@@ -479,7 +479,7 @@ impl Toll {
 
     /// Waits until everything is paid. May be dropped at any await and called again.
     async fn pay(&mut self) {
-        while let Err(Wait(wait)) = self.charge() {
+        while let Err(RetryAfter(wait)) = self.charge() {
             tokio::time::sleep(wait).await;
         }
         if self.work >= TURN_LINES {
@@ -488,7 +488,7 @@ impl Toll {
         }
     }
 
-    fn charge(&mut self) -> Result<(), Wait> {
+    fn charge(&mut self) -> Result<(), RetryAfter> {
         if self.line {
             self.shares.publish(&self.caller)?;
             self.line = false;

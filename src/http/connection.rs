@@ -55,7 +55,7 @@ const REST_BYTES_MAX: usize = 1 << 20;
 
 /// The transport of one connection.
 pub struct Connection {
-    slot: Rc<Slot>,
+    socket_share: Rc<SharedSocket>,
     first_line: FirstLine,
     next_head: NextHead,
     bare_answers: BareAnswers,
@@ -78,7 +78,7 @@ pub struct Connection {
 }
 
 /// Where the socket is as long as it has not left. Handlers find it in the request's connection data.
-pub struct Slot {
+pub struct SharedSocket {
     socket: RefCell<Option<TcpStream>>,
     flushed: Cell<bool>,
     waker: RefCell<Option<Waker>>,
@@ -99,7 +99,7 @@ pub struct Slot {
 }
 
 /// A request that is being answered. The next head is waited for once this is dropped.
-pub struct Serving(Rc<Slot>);
+pub struct Serving(Rc<SharedSocket>);
 
 impl Drop for Serving {
     fn drop(&mut self) {
@@ -111,7 +111,7 @@ impl Drop for Serving {
 /// A request's body. As long as its handler takes of it, more is read.
 pub struct Body {
     pub payload: Payload,
-    pub slot: Rc<Slot>,
+    pub socket_share: Rc<SharedSocket>,
 }
 
 impl Stream for Body {
@@ -121,20 +121,20 @@ impl Stream for Body {
         let polled = Pin::new(&mut self.payload).poll_next(cx);
         match &polled {
             Poll::Pending => {}
-            Poll::Ready(None) => self.slot.is_body_read.set(true),
+            Poll::Ready(None) => self.socket_share.is_body_read.set(true),
             Poll::Ready(Some(_)) => {
-                self.slot.took_body.set(true);
-                self.slot.wake_reader();
+                self.socket_share.took_body.set(true);
+                self.socket_share.wake_reader();
             }
         }
         polled
     }
 }
 
-impl Slot {
+impl SharedSocket {
     /// Notes that a request's head has been read, and that its answer begins. Its body, if it has one, is to be read
     /// by way of a [`Body`].
-    pub fn serve(self: Rc<Slot>, has_body: bool) -> Serving {
+    pub fn serve(self: Rc<SharedSocket>, has_body: bool) -> Serving {
         self.is_body_read.set(!has_body);
         self.requests.set(self.requests.get() + 1);
         self.unanswered.set(self.unanswered.get() + 1);
@@ -171,7 +171,7 @@ impl Slot {
 impl Connection {
     pub fn new(socket: TcpStream, place: impl Any, app: Arc<App>) -> Connection {
         let limits = app.limits.borrow().clone();
-        let slot = Slot {
+        let socket_share = SharedSocket {
             socket: RefCell::new(Some(socket)),
             flushed: Cell::new(false),
             waker: RefCell::default(),
@@ -184,7 +184,7 @@ impl Connection {
             reader: RefCell::default(),
         };
         Connection {
-            slot: Rc::new(slot),
+            socket_share: Rc::new(socket_share),
             first_line: FirstLine::Method,
             next_head: NextHead::new(&limits),
             bare_answers: BareAnswers::new(app),
@@ -199,8 +199,8 @@ impl Connection {
         }
     }
 
-    pub fn slot(&self) -> Rc<Slot> {
-        self.slot.clone()
+    pub fn socket_share(&self) -> Rc<SharedSocket> {
+        self.socket_share.clone()
     }
 
     /// Polls the socket, or says `gone` once it has left.
@@ -209,7 +209,7 @@ impl Connection {
         gone: T,
         poll: impl FnOnce(Pin<&mut TcpStream>) -> Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
-        match &mut *self.slot.socket.borrow_mut() {
+        match &mut *self.socket_share.socket.borrow_mut() {
             Some(socket) => poll(Pin::new(socket)),
             None => Poll::Ready(Ok(gone)),
         }
@@ -218,21 +218,21 @@ impl Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.slot.has_ended(cx) {
+        if self.socket_share.has_ended(cx) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         if self.stalled.is_some() {
             self.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        if self.next_head.is_late(&self.slot) || self.rest_bytes > REST_BYTES_MAX {
+        if self.next_head.is_late(&self.socket_share) || self.rest_bytes > REST_BYTES_MAX {
             // As if the client had closed: there is nothing to answer.
             return Poll::Ready(Ok(()));
         }
-        if self.slot.took_body.take() || self.slot.unanswered.get() == 0 {
+        if self.socket_share.took_body.take() || self.socket_share.unanswered.get() == 0 {
             self.ahead_bytes = 0;
         } else if self.ahead_bytes >= TURN_BYTES {
-            *self.slot.reader.borrow_mut() = Some(cx.waker().clone());
+            *self.socket_share.reader.borrow_mut() = Some(cx.waker().clone());
             return Poll::Pending;
         }
         if self.turn_bytes >= TURN_BYTES {
@@ -246,7 +246,7 @@ impl AsyncRead for Connection {
             let arrived = &buf.filled()[before..];
             self.turn_bytes = if polled.is_pending() { 0 } else { self.turn_bytes + arrived.len() };
             self.ahead_bytes += arrived.len();
-            let is_rest = self.slot.unanswered.get() == 0 && !self.slot.is_body_read.get();
+            let is_rest = self.socket_share.unanswered.get() == 0 && !self.socket_share.is_body_read.get();
             self.rest_bytes = if is_rest { self.rest_bytes + arrived.len() } else { 0 };
             self.next_head.has_read(arrived.len());
             self.bare_answers.has_read(arrived);
@@ -266,8 +266,8 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let Connection { bare_answers, slot, .. } = &mut *self;
-        let polled = bare_answers.poll_write(bytes, |bytes| match &mut *slot.socket.borrow_mut() {
+        let Connection { bare_answers, socket_share, .. } = &mut *self;
+        let polled = bare_answers.poll_write(bytes, |bytes| match &mut *socket_share.socket.borrow_mut() {
             Some(socket) => Pin::new(socket).poll_write(cx, bytes),
             None => Poll::Ready(Ok(bytes.len())),
         });
@@ -286,10 +286,10 @@ impl AsyncWrite for Connection {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let polled = self.with_socket((), |socket| socket.poll_flush(cx));
         if polled.is_ready() {
-            let Connection { next_head, slot, .. } = &mut *self;
-            next_head.watch(slot, cx);
-            self.slot.flushed.set(true);
-            if let Some(waker) = self.slot.waker.borrow_mut().take() {
+            let Connection { next_head, socket_share, .. } = &mut *self;
+            next_head.watch(socket_share, cx);
+            self.socket_share.flushed.set(true);
+            if let Some(waker) = self.socket_share.waker.borrow_mut().take() {
                 waker.wake();
             }
         }
@@ -303,15 +303,15 @@ impl AsyncWrite for Connection {
 
 /// A response body that is no body: once the head has been flushed, passes the socket on.
 pub struct Handoff<F> {
-    slot: Rc<Slot>,
+    socket_share: Rc<SharedSocket>,
     armed: bool,
     receive: Option<F>,
 }
 
 impl<F: FnOnce(net::TcpStream) + Unpin> Handoff<F> {
     /// A body that passes the connection's socket to `receive`.
-    pub fn new(slot: Rc<Slot>, receive: F) -> Handoff<F> {
-        Handoff { slot, armed: false, receive: Some(receive) }
+    pub fn new(socket_share: Rc<SharedSocket>, receive: F) -> Handoff<F> {
+        Handoff { socket_share, armed: false, receive: Some(receive) }
     }
 }
 
@@ -338,13 +338,13 @@ impl<F: FnOnce(net::TcpStream) + Unpin> MessageBody for Handoff<F> {
         if !self.armed {
             // The head is in actix's buffer now; everything that is flushed from here on includes it.
             self.armed = true;
-            self.slot.flushed.set(false);
+            self.socket_share.flushed.set(false);
         }
-        if !self.slot.flushed.get() {
-            *self.slot.waker.borrow_mut() = Some(cx.waker().clone());
+        if !self.socket_share.flushed.get() {
+            *self.socket_share.waker.borrow_mut() = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let socket = self.slot.socket.borrow_mut().take().and_then(|socket| socket.into_std().ok());
+        let socket = self.socket_share.socket.borrow_mut().take().and_then(|socket| socket.into_std().ok());
         if let (Some(socket), Some(receive)) = (socket, self.receive.take()) {
             receive(socket);
         }

@@ -3,7 +3,7 @@
 //! Own code, because who may differs by what a gateway protects: whoever is let in by being listed may bring credentials,
 //! whoever is let in by being anyone may not, and on a gateway without auth being on this machine is what lets one in. A
 //! page that reads (a GET) can be kept from its answer, so browsers enforce that. A page that publishes can't be kept
-//! from sending: see [`Cors::check_publish`].
+//! from sending: see [`Cors::authorize_publish`].
 
 use actix_web::{
     HttpRequest, HttpResponse,
@@ -110,7 +110,7 @@ impl Cors {
     /// # Errors
     /// When there is an `Origin`, and it is neither the gateway's own nor allowed. `is_https` is whether a trusted proxy
     /// says that clients speak TLS with it.
-    pub fn check_publish(&self, request: &HeaderMap, is_https: bool) -> Result<(), ApiError> {
+    pub fn authorize_publish(&self, request: &HeaderMap, is_https: bool) -> Result<(), ApiError> {
         const NOBODYS: HeaderValue = HeaderValue::from_static("null");
         let origin = match request.get(header::ORIGIN) {
             Some(origin) => origin,
@@ -197,7 +197,7 @@ mod tests {
 
     fn publishes(cors: &Cors, headers: &[(HeaderName, &str)]) -> bool {
         let headers = headers.iter().map(|(name, value)| (name.clone(), HeaderValue::from_str(value).unwrap()));
-        cors.check_publish(&headers.collect(), false).is_ok()
+        cors.authorize_publish(&headers.collect(), false).is_ok()
     }
 
     #[test]
@@ -208,9 +208,12 @@ mod tests {
             headers.map(|(name, value)| (name, HeaderValue::from_str(value).unwrap())).into_iter().collect()
         };
         let cors = cors(&[], Unlisted::Anyone);
-        assert!(cors.check_publish(&headers("http"), true).is_err(), "whoever is on the network could have written it");
+        assert!(
+            cors.authorize_publish(&headers("http"), true).is_err(),
+            "whoever is on the network could have written it"
+        );
         for (scheme, is_https) in [("http", false), ("https", false), ("https", true)] {
-            assert!(cors.check_publish(&headers(scheme), is_https).is_ok(), "{scheme} {is_https}");
+            assert!(cors.authorize_publish(&headers(scheme), is_https).is_ok(), "{scheme} {is_https}");
         }
     }
 

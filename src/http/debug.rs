@@ -12,7 +12,7 @@ use super::{
     query::{Parameters, Query},
 };
 use crate::{
-    delivery::{Ended, Record},
+    delivery::{Ended, StreamRecord},
     subject::Filter,
 };
 
@@ -98,7 +98,7 @@ fn list_streams(app: &App, request: &HttpRequest) -> Result<Streams, ApiError> {
     let after = parsed(&query, "after", "the number of a stream")?.unwrap_or(0);
     let limit = limit(app, &query)?;
     let wanted = Wanted::read(&query)?;
-    let register = app.deliveries.register();
+    let register = app.deliveries.registry();
     let mut open = register.open_after(after, limit + 1, |record| wanted.is(record));
     let more = open.len() > limit;
     open.truncate(limit);
@@ -129,22 +129,22 @@ impl Wanted<'_> {
         })
     }
 
-    fn is(&self, record: &Record) -> bool {
-        let reads = |wanted: &Filter| record.whereabouts.places().any(|(filter, _)| filter.covers(wanted));
+    fn is(&self, record: &StreamRecord) -> bool {
+        let reads = |wanted: &Filter| record.progress.places().any(|(filter, _)| filter.covers(wanted));
         self.address.is_none_or(|address| record.client.address == Some(address))
             && self.principal.is_none_or(|principal| *record.client.principal == *principal)
             && self.filter.as_ref().is_none_or(reads)
     }
 }
 
-fn describe(app: &App, record: &Record) -> Stream {
-    let epoch = record.whereabouts.epoch();
+fn describe(app: &App, record: &StreamRecord) -> Stream {
+    let epoch = record.progress.epoch();
     let place = |(filter, position): (&Filter, u64)| Place {
         filter: filter.to_string(),
         position,
         behind: app.hub.behind(filter, epoch, position),
     };
-    let filters: Vec<_> = record.whereabouts.places().map(place).collect();
+    let filters: Vec<_> = record.progress.places().map(place).collect();
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     Stream {
         number: record.number,
@@ -152,7 +152,7 @@ fn describe(app: &App, record: &Record) -> Stream {
         principal: some(&record.client.principal),
         request_id: record.client.request_id.as_deref().and_then(some),
         opened: record.opened.to_string(),
-        last_id: record.whereabouts.position().to_string(),
+        last_id: record.progress.position().to_string(),
         behind: filters.iter().filter_map(|place| place.behind).max(),
         filters,
         events: record.events(),

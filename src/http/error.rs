@@ -9,14 +9,14 @@ use actix_web::{
 use serde::Serialize;
 
 use super::{
-    passage::request_id,
+    middleware::request_id,
     subscribe::{event_stream, presented_id},
 };
 use crate::{
     auth::Refusal,
     broker::{BrokerError, Condition, PublishError},
     event::EventId,
-    limits::{TooMany, TooManyBatches, Wait},
+    limits::{Exhausted, RetryAfter, TooManyBatches},
     sse,
 };
 
@@ -133,7 +133,7 @@ impl ApiError {
     }
 
     /// The refusal of a request that went over a rate.
-    pub fn over_rate(code: Code, Wait(wait): Wait) -> ApiError {
+    pub fn over_rate(code: Code, RetryAfter(wait): RetryAfter) -> ApiError {
         ApiError { wait: Some(wait), ..ApiError::new(code, "") }
     }
 
@@ -239,13 +239,13 @@ impl From<BrokerError> for ApiError {
     }
 }
 
-impl From<TooMany> for ApiError {
-    fn from(too_many: TooMany) -> ApiError {
+impl From<Exhausted> for ApiError {
+    fn from(too_many: Exhausted) -> ApiError {
         let code = match too_many {
-            TooMany::OfAddress => Code::TooManyStreamsOfAddress,
-            TooMany::OfPrincipal => Code::TooManyStreamsOfPrincipal,
-            TooMany::FiltersOfAddress => Code::TooManyFiltersOfAddress,
-            TooMany::FiltersOfPrincipal => Code::TooManyFiltersOfPrincipal,
+            Exhausted::OfAddress => Code::TooManyStreamsOfAddress,
+            Exhausted::OfPrincipal => Code::TooManyStreamsOfPrincipal,
+            Exhausted::FiltersOfAddress => Code::TooManyFiltersOfAddress,
+            Exhausted::FiltersOfPrincipal => Code::TooManyFiltersOfPrincipal,
         };
         ApiError::new(code, "")
     }

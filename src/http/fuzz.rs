@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::{
-    address::Proxies,
     batch,
+    client_address::Proxies,
     publish::{parse_key, parse_ttl, parse_type},
     query::{Parameters, Query, decode},
     subscribe::parse_start,

@@ -1,20 +1,20 @@
 //! The public listener: the whole URL space, from bytes on a socket to calls of the hub and the broker.
 
-pub mod address;
+mod authenticate;
 mod batch;
+pub mod client_address;
 mod connection;
+mod connection_limit;
 pub mod cors;
 mod debug;
 pub mod error;
 #[cfg(test)]
 mod fuzz;
 mod health;
-mod passage;
+mod middleware;
 mod publish;
 mod query;
-mod room;
 mod subscribe;
-mod who;
 
 use std::{
     convert::Infallible,
@@ -40,14 +40,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    address::Proxies,
+    client_address::Proxies,
     connection::Connection,
+    connection_limit::{Entry, REFUSAL_WITHIN},
     cors::Cors,
     error::{ApiError, Code},
     query::{Parameters, Query},
-    room::{Entry, REFUSAL_WITHIN},
 };
-pub use self::{health::Absence, room::Room};
+pub use self::{connection_limit::ConnectionLimit, health::Absence};
 use crate::{
     auth::{Auth, Principal},
     broker::{Condition, Publication, Publish, PublishError, Published, SharedBroker},
@@ -55,7 +55,7 @@ use crate::{
     delivery::Deliveries,
     event::EventId,
     hub::Hub,
-    limits::{Limits, Place},
+    limits::{ClientPermit, Limits},
     memory::Memory,
     metrics::{Counted, Metrics},
     subject::Subject,
@@ -87,8 +87,8 @@ pub struct App {
     /// Under which the admin listener is asked, beside addresses.
     pub admin_hosts: Arc<[String]>,
     pub cors: watch::Receiver<Cors>,
-    /// Room for connections that are not streams.
-    pub room: Room,
+    /// Permits for connections that are not streams.
+    pub room: ConnectionLimit,
     /// The right to read a large line of a batch: one at a time, so that requests have all other threads.
     pub large_lines: Arc<Semaphore>,
     /// Cancelled when the node wants no more requests. It still serves those that come.
@@ -168,7 +168,7 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
             move || app.clone().of_worker()
         };
         let service =
-            actix_web::App::new().data_factory(data).default_service(web::to(route)).wrap(from_fn(passage::escort));
+            actix_web::App::new().data_factory(data).default_service(web::to(route)).wrap(from_fn(middleware::public));
         let stopping = stopping.clone();
         let stopped = move || {
             let stopping = stopping.clone();
@@ -182,7 +182,7 @@ pub fn serve_public(app: App, listener: TcpListener) -> io::Result<Server> {
             .client_disconnect_timeout(LINGER)
             .graceful_shutdown_signal(stopped)
             .on_connect_ext(|connection: &Connection, data| {
-                data.insert(connection.slot());
+                data.insert(connection.socket_share());
             })
             .h1(map_config(service.into_factory().map_err(|error| error.error_response()), |_| AppConfig::default()));
         fn_service(move |socket: TcpStream| {
@@ -210,13 +210,13 @@ pub fn serve_admin(app: App, listener: TcpListener, connections: usize) -> io::R
         let service = actix_web::App::new()
             .app_data(web::Data::new(app.clone()))
             .configure(admin_routes)
-            .wrap(from_fn(passage::escort_operator));
+            .wrap(from_fn(middleware::admin));
         let http = HttpService::build()
             .keep_alive(KeepAlive::Os)
             .client_request_timeout(app.limits.borrow().request_head)
             .client_disconnect_timeout(LINGER)
             .on_connect_ext(|connection: &Connection, data| {
-                data.insert(connection.slot());
+                data.insert(connection.socket_share());
             })
             .h1(map_config(service.into_factory().map_err(|error| error.error_response()), |_| AppConfig::default()));
         let (app, room) = (Arc::new(app.clone()), room.clone());
@@ -292,7 +292,7 @@ impl App {
 
     /// The query of `request`, in which these parameters may occur, and the token where it is taken from there.
     fn query(&self, request: &HttpRequest, parameters: &Parameters) -> Result<Query, ApiError> {
-        Query::parse(request, parameters, self.auth.takes_query_token().then_some(who::TOKEN))
+        Query::parse(request, parameters, self.auth.takes_query_token().then_some(authenticate::TOKEN))
     }
 
     fn is_draining(&self) -> bool {
@@ -320,13 +320,13 @@ impl App {
         self.metrics.connections_refused.inc();
         let Some(Entry::Refused(permit)) = entry else { return None };
         let connection = Connection::new(socket, (place, permit), self);
-        connection.slot().refuse_within(REFUSAL_WITHIN, why).await;
+        connection.socket_share().refuse_within(REFUSAL_WITHIN, why).await;
         Some(connection)
     }
 
     /// A place for one more connection of this peer, if it may have one. A proxy's are those of all its clients.
-    fn place_for(&self, peer: IpAddr) -> Option<Place> {
-        if self.proxies.trust(peer) { Some(Place::uncounted()) } else { self.shares.open_connection(peer) }
+    fn place_for(&self, peer: IpAddr) -> Option<ClientPermit> {
+        if self.proxies.trust(peer) { Some(ClientPermit::uncounted()) } else { self.shares.open_connection(peer) }
     }
 
     /// Hands an event of this principal's to the broker. What comes back resolves once it is stored, or is not.
@@ -366,7 +366,7 @@ impl App {
     /// Counts a refusal, and leaves a line for whoever has its request id: at `info` where it is not the client's to mend.
     fn note_refusal(&self, request: &HttpRequest, error: &ApiError) {
         self.count_refusal(error);
-        let (code, request_id) = (error.code.as_str(), passage::request_id(request));
+        let (code, request_id) = (error.code.as_str(), middleware::request_id(request));
         let request_id = request_id.as_deref();
         match error.code.status().is_server_error() {
             true => tracing::info!(code, request_id, "a request is refused"),

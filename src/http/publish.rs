@@ -10,11 +10,10 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::{
-    App,
+    App, authenticate,
     error::{ApiError, Code},
-    passage::caller,
+    middleware::caller,
     query::{Parameters, subject_in_path},
-    who,
 };
 use crate::{
     auth::Principal,
@@ -36,7 +35,7 @@ const PARAMETERS: Parameters = Parameters {
         (&["data", "payload", "message"], "the body of the request is the event's data"),
         (&["event"], "did you mean \"type\"?"),
         (&["key"], "an idempotency key comes as the header Idempotency-Key, an API key as Authorization: Bearer"),
-        who::ADVICE,
+        authenticate::ADVICE,
     ],
 };
 
@@ -64,10 +63,10 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
 
 async fn store(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let query = app.query(request, &PARAMETERS)?;
-    let principal = who::identify(app, request, &query).await?;
-    who::check_page(app, request)?;
+    let principal = authenticate::authenticate(app, request, &query).await?;
+    authenticate::authorize_page(app, request)?;
     let subject = parse_subject(&subject_in_path(request)?)?;
-    who::check_publish(&principal, &subject)?;
+    authenticate::authorize_publish(&principal, &subject)?;
     let kind = query.one("type")?.map(parse_type).transpose()?;
     let ttl = query.one("ttl")?.map(parse_ttl).transpose();
     let ttl = ttl.map_err(|why| ApiError::new(Code::InvalidParameter, format!("ttl: {why}")))?;

@@ -20,12 +20,11 @@ use bytes::Bytes;
 use jiff::{Timestamp, fmt::temporal::Pieces};
 
 use super::{
-    App,
-    connection::{Handoff, Slot},
+    App, authenticate,
+    connection::{Handoff, SharedSocket},
     error::{ApiError, Code},
-    passage::{address, caller},
+    middleware::{address, caller},
     query::{Parameters, Query, decode_query, subject_in_path},
-    who,
 };
 use crate::{
     auth::Principal,
@@ -44,12 +43,12 @@ const OF_ONE: Parameters = Parameters {
         ID,
         DATA,
         KEY,
-        who::ADVICE,
+        authenticate::ADVICE,
     ],
 };
 const OF_SEVERAL: Parameters = Parameters {
     known: &["subject", "from", "format", "lastEventId"],
-    advice: &[(&["topic", "topics", "channel"], "did you mean \"subject\"?"), ID, DATA, KEY, who::ADVICE],
+    advice: &[(&["topic", "topics", "channel"], "did you mean \"subject\"?"), ID, DATA, KEY, authenticate::ADVICE],
 };
 type Advice = (&'static [&'static str], &'static str);
 const ID: Advice =
@@ -94,23 +93,23 @@ async fn respond(
         let attempt = app.shares.attempt(address(request));
         attempt.map_err(|wait| ApiError::over_rate(Code::TooManyAttempts, wait))?;
         let query = app.query(request, parameters)?;
-        let principal = who::identify(app, request, &query).await?;
-        let wish = Wish::read(filters(&query)?, &query, request)?;
-        who::check_subscribe(&principal, &wish.filters)?;
-        open(app, request, wish, &principal).await
+        let principal = authenticate::authenticate(app, request, &query).await?;
+        let wanted = SubscribeRequest::read(filters(&query)?, &query, request)?;
+        authenticate::authorize_subscribe(&principal, &wanted.filters)?;
+        open(app, request, wanted, &principal).await
     };
     opened.await.unwrap_or_else(|error| app.refuse_stream(request, &error))
 }
 
 /// What a client asks for.
-struct Wish {
+struct SubscribeRequest {
     filters: Vec<Filter>,
     start: Start,
     format: Format,
 }
 
-impl Wish {
-    fn read(filters: Vec<Filter>, query: &Query, request: &HttpRequest) -> Result<Wish, ApiError> {
+impl SubscribeRequest {
+    fn read(filters: Vec<Filter>, query: &Query, request: &HttpRequest) -> Result<SubscribeRequest, ApiError> {
         let at = match query.one("from")? {
             Some(text) => parse_start(text)?,
             None => StartAt::Now,
@@ -125,19 +124,24 @@ impl Wish {
         };
         // At most once.
         query.one("lastEventId")?;
-        Ok(Wish { filters, start: Start { last_event_id: presented_id(request), at }, format })
+        Ok(SubscribeRequest { filters, start: Start { last_event_id: presented_id(request), at }, format })
     }
 }
 
-async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principal) -> Result<HttpResponse, ApiError> {
+async fn open(
+    app: &App,
+    request: &HttpRequest,
+    wanted: SubscribeRequest,
+    principal: &Principal,
+) -> Result<HttpResponse, ApiError> {
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
     if app.memory.is_full() {
         return Err(ApiError::new(Code::MemoryShort, ""));
     }
-    let place = app.shares.open_stream(&caller(request, principal), wish.filters.len())?;
-    let admission = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
+    let place = app.shares.open_stream(&caller(request, principal), wanted.filters.len())?;
+    let permit = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
     let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
     let body = if request.method() == Method::HEAD {
         if let Health::Away(why) = app.broker.health() {
@@ -145,12 +149,13 @@ async fn open(app: &App, request: &HttpRequest, wish: Wish, principal: &Principa
         }
         BoxBody::new(NoBody)
     } else {
-        let slot = request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone();
-        let Wish { filters, start, format } = wish;
+        let socket_share =
+            request.conn_data::<Rc<SharedSocket>>().expect("every connection carries its shared socket").clone();
+        let SubscribeRequest { filters, start, format } = wanted;
         let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
-        let (client, expires) = (who::client(request, principal), principal.expires());
-        BoxBody::new(Handoff::new(slot, move |socket| {
-            if let Err(error) = admission.deliver((socket, framing), opening, cursor, client, expires) {
+        let (client, expires) = (authenticate::client(request, principal), principal.expires());
+        BoxBody::new(Handoff::new(socket_share, move |socket| {
+            if let Err(error) = permit.deliver((socket, framing), opening, cursor, client, expires) {
                 tracing::warn!(%error, "a stream's socket could not be taken over");
             }
         }))

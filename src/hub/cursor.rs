@@ -24,10 +24,10 @@ use super::{
     Hub,
     encoded::Encoder,
     feed::{Reader, Take},
-    log::{self, Passage},
+    log::{self, Slice},
     pages::{Ahead, SharedPage},
-    resume::{self, Found, Origin, StartAt},
-    whereabouts::Whereabouts,
+    progress::Progress,
+    resume::{self, Origin, StartAt, StartPoint},
 };
 use crate::{
     backoff::Backoff,
@@ -105,7 +105,7 @@ enum Fetched {
     Page(usize, Arc<SharedPage>),
     SnapshotPage(SnapshotPage, Held),
     /// A feed was closed; this is where to go on in those that follow.
-    Moved(Found),
+    Moved(StartPoint),
 }
 
 impl Place {
@@ -156,8 +156,8 @@ impl Snapshot {
 }
 
 impl Cursor {
-    pub(super) fn new(hub: Hub, format: Format, not_before: Option<Timestamp>, found: Found) -> Cursor {
-        let Found { epoch, places, gap: _, snapshot } = found;
+    pub(super) fn new(hub: Hub, format: Format, not_before: Option<Timestamp>, found: StartPoint) -> Cursor {
+        let StartPoint { epoch, places, gap: _, snapshot } = found;
         Cursor {
             hub,
             epoch,
@@ -257,14 +257,14 @@ impl Cursor {
     }
 
     /// Where the client stands, to be looked at from outside while it is kept up by [`Cursor::tell`].
-    pub fn whereabouts(&self) -> Whereabouts {
+    pub fn progress(&self) -> Progress {
         let places = self.places.iter().map(|place| place.reader.feed.filter.clone());
-        Whereabouts::new(self.epoch, places.zip(self.standpoints(u64::MAX)))
+        Progress::new(self.epoch, places.zip(self.standpoints(u64::MAX)))
     }
 
     /// Says that what was handed over last has been written, up to `sequence`.
-    pub fn tell(&self, whereabouts: &Whereabouts, sequence: u64) {
-        whereabouts.set(self.epoch, self.standpoints(sequence));
+    pub fn tell(&self, progress: &Progress, sequence: u64) {
+        progress.set(self.epoch, self.standpoints(sequence));
     }
 
     /// Where each place stands, if what was handed over last counts only up to `sequence`.
@@ -297,7 +297,7 @@ impl Cursor {
         let count = self.places.len();
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
-            while let Some(Passage { blocks, stored, .. }) = self.take_at(number) {
+            while let Some(Slice { blocks, stored, .. }) = self.take_at(number) {
                 if !blocks.is_empty() {
                     self.turn = number;
                     let mut frames = self.frames(number, blocks);
@@ -347,7 +347,7 @@ impl Cursor {
     }
 
     /// What comes next at one place, perhaps all of it skipped; `None` when there is nothing.
-    fn take_at(&mut self, number: usize) -> Option<Passage> {
+    fn take_at(&mut self, number: usize) -> Option<Slice> {
         let place = &self.places[number];
         let bytes_max = self.hub.0.settings.write_bytes;
         if place.ahead.is_stale(self.hub.removals(), self.hub.oldest()) {
@@ -360,11 +360,11 @@ impl Cursor {
         let skips =
             |subject: &Subject, sequence, stored| self.is_too_early(stored) || self.skips(number, subject, sequence);
         match place.reader.feed.take(place.position, (self.format, &self.hub.0.memory), bytes_max, skips) {
-            Take::Passage(passage) => {
-                self.places[number].position = passage.reached;
+            Take::Slice(slice) => {
+                self.places[number].position = slice.reached;
                 // Before it has once been at the end, what it takes was stored before it came.
-                let stored = passage.stored.filter(|_| matches!(self.standing, Standing::Live));
-                return Some(Passage { stored, ..passage });
+                let stored = slice.stored.filter(|_| matches!(self.standing, Standing::Live));
+                return Some(Slice { stored, ..slice });
             }
             Take::Nothing => self.standing = Standing::Live,
             Take::Behind => {
@@ -384,7 +384,7 @@ impl Cursor {
         None
     }
 
-    fn take_ahead(&mut self, number: usize) -> Passage {
+    fn take_ahead(&mut self, number: usize) -> Slice {
         let bytes_max = self.hub.0.settings.write_bytes;
         let (mut blocks, mut bytes) = (vec![], 0);
         while let Some(encoded) = self.places[number].ahead.front() {
@@ -407,7 +407,7 @@ impl Cursor {
         if place.ahead.is_empty() {
             place.position = place.position.max(place.ahead_proven);
         }
-        Passage { blocks, reached: place.position, stored: None }
+        Slice { blocks, reached: place.position, stored: None }
     }
 
     /// Whether a reader that asked for events from a time in the future does not want one that was stored then.
@@ -449,7 +449,7 @@ impl Cursor {
     /// Takes over what was fetched. A gap goes alone, so that nothing after it is ever given back across it.
     fn arrive(&mut self, fetched: Fetched) -> Option<Frame> {
         match fetched {
-            Fetched::Moved(Found { epoch, places, gap, snapshot: _ }) => {
+            Fetched::Moved(StartPoint { epoch, places, gap, snapshot: _ }) => {
                 self.listen_no_more();
                 (self.epoch, self.places, self.turn) = (epoch, places.into_iter().collect(), 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))

@@ -5,9 +5,9 @@
 //! thousands of stored events may never appear live. So a hint with sequence n is taken only when it is of the feed's
 //! incarnation of the stream, and everything up to n is proven:
 //! - an exact subject: the hint names the event before it, still kept; at or below U, nothing is missing in between.
-//!   (Where none is kept, some may have been stored, lost on the way here and expired since: that is a doubt.);
+//!   (Where none is kept, some may have been stored, lost on the way here and expired since: that is a reason to resync.);
 //! - a wildcard: only n = U + 1 proves itself;
-//! - everything else, and every doubt (a reconnect, an overflow, an election, the audit), is settled by one function,
+//! - everything else, and every resync (a reconnect, an overflow, an election, the audit), is settled by one function,
 //!   [`Feed::repair`]: read from U. Hints that come meanwhile wait, and are considered after it.
 //!
 //! # Lagging
@@ -38,12 +38,12 @@ use tokio::sync::OnceCell;
 use super::{
     Hub,
     encoded::Encoder,
-    log::{Content, Doubt, Log, Passage},
-    shelf::Readers,
+    log::{Content, Log, Resync, Slice},
+    reader_map::Readers,
 };
 use crate::{
     backoff::Backoff,
-    broker::{Bounds, BrokerError, From, Hint, Hints, LastKnown, Page, Read},
+    broker::{Bounds, BrokerError, Hint, Hints, LastKnown, Page, Read, ReadFrom},
     event::{Epoch, EventId},
     memory::{Held, Memory, Part, SMALL_BYTES},
     position::Position,
@@ -88,7 +88,7 @@ struct Repair {
     waiting: VecDeque<Hint>,
     waiting_bytes: usize,
     held: Option<Held>,
-    doubt: Option<Doubt>,
+    resync: Option<Resync>,
     /// The event that it is for, if it is for one.
     until: Option<u64>,
 }
@@ -96,7 +96,7 @@ struct Repair {
 /// What a reader finds at its place.
 pub(super) enum Take {
     /// This is next.
-    Passage(Passage),
+    Slice(Slice),
     /// Nothing yet.
     Nothing,
     /// The log has forgotten what is next.
@@ -131,7 +131,7 @@ impl AsRef<Readers> for Feed {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        let Some(desertion) = self.feed.readers.leave() else { return };
+        let Some(generation) = self.feed.readers.leave() else { return };
         if !self.feed.has_started() {
             self.hub.forget(&self.feed, |feed| feed.readers.any() || feed.has_started());
             return;
@@ -139,7 +139,7 @@ impl Drop for Reader {
         let (hub, feed) = (self.hub.clone(), self.feed.clone());
         self.hub.0.tasks.spawn(async move {
             tokio::time::sleep(hub.0.settings.feed.linger).await;
-            if hub.forget(&feed, |feed| feed.readers.any_since(desertion)) {
+            if hub.forget(&feed, |feed| feed.readers.any_since(generation)) {
                 feed.close();
             }
         });
@@ -191,7 +191,7 @@ async fn listen(feed: Weak<Feed>, hub: Hub, hints: Hints) {
 async fn check_later(feed: Weak<Feed>, hub: Hub) {
     tokio::time::sleep(FIRST_CHECK).await;
     if let Some(feed) = feed.upgrade() {
-        feed.doubt(&hub, "new");
+        feed.resync(&hub, "new");
     }
 }
 
@@ -286,7 +286,7 @@ impl Feed {
         if let Some(repair) = &mut state.repair
             && !repair.waiting.is_empty()
         {
-            *repair = Repair { doubt: Some(Doubt::new("overflow")), until: repair.until, ..Repair::default() };
+            *repair = Repair { resync: Some(Resync::new("overflow")), until: repair.until, ..Repair::default() };
         }
         drop(state);
         self.wake_readers();
@@ -311,7 +311,7 @@ impl Feed {
         let can_wait = is_same_stream && last == 0 && behind <= kept / QUIET_PART;
         drop(state);
         if !can_wait {
-            self.doubt(hub, "audit");
+            self.resync(hub, "audit");
         }
     }
 
@@ -331,8 +331,8 @@ impl Feed {
             return Take::Behind;
         }
         let encoder = Encoder { epoch: self.epoch(), format, memory };
-        let passage = state.log.read(position, encoder, bytes_max, skips);
-        if passage.reached == position { Take::Nothing } else { Take::Passage(passage) }
+        let slice = state.log.read(position, encoder, bytes_max, skips);
+        if slice.reached == position { Take::Nothing } else { Take::Slice(slice) }
     }
 
     /// How far a reader at `position` may say that it is: up to what is proven, if nothing lies in between.
@@ -387,7 +387,7 @@ impl Feed {
     fn hear(self: &Arc<Feed>, hub: &Hub, hints: impl Iterator<Item = Hint>) {
         let mut state = self.state();
         let before = state.log.proven();
-        let (mut doubt, mut heard) = (None, 0);
+        let (mut resync, mut heard) = (None, 0);
         for hint in hints {
             heard += 1;
             // What proves itself need not wait for a read, which may wait for others'.
@@ -397,7 +397,7 @@ impl Feed {
                 Some(_) | None => {
                     if let Err(found) = self.consider(hub, &mut state, hint) {
                         state.repair = Some(Repair::of(found));
-                        doubt = Some(found);
+                        resync = Some(found);
                     }
                 }
             }
@@ -411,12 +411,12 @@ impl Feed {
         if moved {
             self.wake_readers();
         }
-        if let Some(doubt) = doubt {
-            self.begin_repair(hub, doubt);
+        if let Some(resync) = resync {
+            self.begin_repair(hub, resync);
         }
     }
 
-    fn consider(&self, hub: &Hub, state: &mut State, hint: Hint) -> Result<(), Doubt> {
+    fn consider(&self, hub: &Hub, state: &mut State, hint: Hint) -> Result<(), Resync> {
         let trusts_hints = hub.0.settings.trusts_hints();
         match state.log.consider(hint, self.epoch(), self.filter.exact().is_some(), trusts_hints) {
             Err(_) if trusts_hints => Ok(()),
@@ -425,30 +425,30 @@ impl Feed {
     }
 
     /// Has the feed read again from its proven position.
-    pub(super) fn doubt(self: &Arc<Feed>, hub: &Hub, cause: &'static str) {
-        let doubt = Doubt::new(cause);
+    pub(super) fn resync(self: &Arc<Feed>, hub: &Hub, cause: &'static str) {
+        let resync = Resync::new(cause);
         match &mut self.state().repair {
             _ if hub.0.settings.trusts_hints() => return,
             Some(repair) => {
-                repair.doubt = Some(doubt);
+                repair.resync = Some(resync);
                 return;
             }
             free => *free = Some(Repair::default()),
         }
-        self.begin_repair(hub, doubt);
+        self.begin_repair(hub, resync);
     }
 
-    fn begin_repair(self: &Arc<Feed>, hub: &Hub, mut doubt: Doubt) {
+    fn begin_repair(self: &Arc<Feed>, hub: &Hub, mut resync: Resync) {
         let (feed, hub) = (self.clone(), hub.clone());
         let tasks = hub.0.tasks.clone();
         let repairing = hub.clone();
         let repair = async move {
             let (feed, hub) = (feed, repairing);
             loop {
-                hub.0.metrics.doubts.with_label_values(&[doubt.cause]).inc();
-                feed.repair(&hub, doubt.until).await;
+                hub.0.metrics.feed_resyncs.with_label_values(&[resync.cause]).inc();
+                feed.repair(&hub, resync.until).await;
                 match feed.end_repair(&hub) {
-                    Some(more) => doubt = more,
+                    Some(more) => resync = more,
                     None => return,
                 }
             }
@@ -456,12 +456,12 @@ impl Feed {
         tasks.spawn(self.retired_by_panic(&hub, repair));
     }
 
-    /// Reads from the proven position up to `until`, or until nothing is left. The answer to every doubt.
+    /// Reads from the proven position up to `until`, or until nothing is left. The answer to every resync.
     async fn repair(self: &Arc<Feed>, hub: &Hub, until: Option<u64>) {
         let mut backoff = Backoff::default();
         let mut tries = 0;
         while !self.is_closed() {
-            let from = From::After(self.proven());
+            let from = ReadFrom::After(self.proven());
             match hub.read_for_feed(Read { filter: self.filter.clone(), from, until: until.unwrap_or(0) }).await {
                 Ok((page, _held)) => {
                     let more = page.more;
@@ -513,18 +513,18 @@ impl Feed {
     }
 
     /// Considers what came up during a repair, and says whether another one is due.
-    fn end_repair(&self, hub: &Hub) -> Option<Doubt> {
+    fn end_repair(&self, hub: &Hub) -> Option<Resync> {
         let mut state = self.state();
         let before = state.log.proven();
         let mut repair = state.repair.take().expect("a repair ends once");
-        let mut doubt = repair.doubt.take();
+        let mut resync = repair.resync.take();
         while let Some(hint) = repair.waiting.pop_front() {
             if let Err(found) = self.consider(hub, &mut state, hint) {
-                doubt = doubt.or(Some(found));
+                resync = resync.or(Some(found));
                 break;
             }
         }
-        if doubt.is_some() {
+        if resync.is_some() {
             repair.waiting_bytes = repair.waiting.iter().map(bytes_of).sum();
             repair.held.iter_mut().for_each(|held| held.resize(repair.waiting_bytes));
             state.repair = Some(repair);
@@ -535,7 +535,7 @@ impl Feed {
         if moved {
             self.wake_readers();
         }
-        doubt
+        resync
     }
 }
 
@@ -545,13 +545,13 @@ impl Repair {
             Hint::Stored { event, .. } => event.sequence,
             Hint::Lost => 0,
         });
-        let doubt = self.doubt.and_then(|doubt| doubt.until);
-        waiting.chain(self.until).chain(doubt).max().unwrap_or(0)
+        let resync = self.resync.and_then(|resync| resync.until);
+        waiting.chain(self.until).chain(resync).max().unwrap_or(0)
     }
 
     /// That an event is to be read for.
-    fn of(doubt: Doubt) -> Repair {
-        Repair { until: doubt.until, ..Repair::default() }
+    fn of(resync: Resync) -> Repair {
+        Repair { until: resync.until, ..Repair::default() }
     }
 
     /// Keeps a hint for later. When there is no room, all of them are read instead.
@@ -561,7 +561,7 @@ impl Repair {
         self.held.get_or_insert_with(|| memory.hold(Part::Hints, 0)).resize(self.waiting_bytes);
         let is_short = self.waiting_bytes > SMALL_BYTES && memory.is_high();
         if self.waiting.len() > limits.events || self.waiting_bytes > limits.bytes || is_short {
-            *self = Repair { doubt: Some(Doubt::new("overflow")), ..Repair::default() };
+            *self = Repair { resync: Some(Resync::new("overflow")), ..Repair::default() };
         }
     }
 }

@@ -44,7 +44,7 @@ pub(super) enum Content {
 }
 
 /// What follows a position.
-pub(super) struct Passage {
+pub(super) struct Slice {
     pub blocks: Vec<Found>,
     /// Everything up to here has been looked at.
     pub reached: u64,
@@ -62,15 +62,15 @@ pub(super) struct Found {
 
 /// Why, and how far, to read again.
 #[derive(Clone, Copy)]
-pub(super) struct Doubt {
+pub(super) struct Resync {
     pub cause: &'static str,
     /// Up to this sequence; what comes after it has hints of its own. `None`: to the end.
     pub until: Option<u64>,
 }
 
-impl Doubt {
-    pub fn new(cause: &'static str) -> Doubt {
-        Doubt { cause, until: None }
+impl Resync {
+    pub fn new(cause: &'static str) -> Resync {
+        Resync { cause, until: None }
     }
 }
 
@@ -115,11 +115,11 @@ impl Log {
     }
 
     /// Takes a hint over if everything up to it is proven: says so, or why not.
-    pub fn consider(&mut self, hint: Hint, own: Epoch, is_exact: bool, trusts_hints: bool) -> Result<(), Doubt> {
+    pub fn consider(&mut self, hint: Hint, own: Epoch, is_exact: bool, trusts_hints: bool) -> Result<(), Resync> {
         let proves_itself = self.is_proven_by(&hint, own, is_exact);
-        let Hint::Stored { event, epoch, .. } = hint else { return Err(Doubt::new("overflow")) };
+        let Hint::Stored { event, epoch, .. } = hint else { return Err(Resync::new("overflow")) };
         if epoch != own {
-            return Err(Doubt::new("recreated"));
+            return Err(Resync::new("recreated"));
         }
         let n = event.sequence;
         if n <= self.proven {
@@ -129,7 +129,7 @@ impl Log {
             self.append(Content::event(event), n);
             return Ok(());
         }
-        Err(Doubt { cause: "chain", until: Some(n) })
+        Err(Resync { cause: "chain", until: Some(n) })
     }
 
     /// Whether everything up to a hint is proven, the hint's own event included.
@@ -199,7 +199,7 @@ impl Log {
         encoder: Encoder<'_>,
         bytes_max: usize,
         skips: impl Fn(&Subject, u64, Timestamp) -> bool,
-    ) -> Passage {
+    ) -> Slice {
         let next = self.after(position);
         let (mut blocks, mut bytes, mut reached, mut stored) = (vec![], 0, position, None);
         for entry in self.entries.range(next..) {
@@ -217,7 +217,7 @@ impl Log {
             stored = entry.stored().or(stored);
             blocks.push(Found { sequence: entry.sequence, block, stored: entry.stored() });
         }
-        Passage { blocks, reached, stored }
+        Slice { blocks, reached, stored }
     }
 
     /// When the event with this sequence was stored, if it is remembered.

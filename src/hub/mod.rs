@@ -14,11 +14,11 @@ mod log;
 #[cfg(test)]
 mod model;
 mod pages;
+mod progress;
+mod reader_map;
 mod resume;
-mod shelf;
 #[cfg(test)]
 mod tests;
-mod whereabouts;
 mod witnesses;
 
 use std::{
@@ -34,18 +34,18 @@ use tokio::sync::Semaphore;
 pub use self::{
     cursor::{Cursor, Frame},
     feed::Seen as FeedSeen,
+    progress::Progress,
     resume::{Opening, Start, StartAt},
-    whereabouts::Whereabouts,
 };
 use self::{
     feed::{Feed, Reader},
     pages::{Pages, SharedPage},
-    shelf::{Forgotten, Shelf},
+    reader_map::{ReaderMap, Removed},
     witnesses::Witnesses,
 };
 use crate::{
     backoff::{Backoff, jittered},
-    broker::{Bounds, BrokerError, From, Gone, Page, Read, SharedBroker, SnapshotPage, SnapshotRead},
+    broker::{Bounds, BrokerError, Gone, Page, Read, ReadFrom, SharedBroker, SnapshotPage, SnapshotRead},
     config,
     event::{Epoch, Event},
     memory::{Held, Memory, Part},
@@ -56,7 +56,7 @@ use crate::{
     subject::Filter,
 };
 
-/// What `shelf` is made of; another one where every order is tried.
+/// What `reader_map` is built on: replaced by loom's types in `tests/reader_map.rs`.
 mod sync {
     pub use std::sync::{
         Arc, Mutex,
@@ -77,7 +77,7 @@ pub struct Hub(Arc<Inner>);
 
 struct Inner {
     broker: SharedBroker,
-    feeds: Shelf<Filter, Feed>,
+    feeds: ReaderMap<Filter, Feed>,
     settings: Settings,
     /// Bounds the pages of history that are read for clients at the same time. Fair: first come, first served.
     history: Semaphore,
@@ -122,7 +122,7 @@ impl Hub {
     pub fn start(broker: SharedBroker, settings: Settings, memory: Memory, metrics: Arc<Metrics>, tasks: Tasks) -> Hub {
         let hub = Hub(Arc::new(Inner {
             broker,
-            feeds: Shelf::new(),
+            feeds: ReaderMap::new(),
             history: Semaphore::new(settings.history.concurrency),
             repairs: Semaphore::new(settings.history.concurrency),
             pages: Pages::new(settings.history.shared_pages),
@@ -169,11 +169,11 @@ impl Hub {
 
     /// Forgets `feed` if `unless` does not say otherwise while no reader can come or go.
     fn forget(&self, feed: &Arc<Feed>, unless: impl FnOnce(&Feed) -> bool) -> bool {
-        let forgotten = self.0.feeds.forget(&feed.filter, feed, unless);
-        if forgotten == Forgotten::Now {
+        let forgotten = self.0.feeds.remove(&feed.filter, feed, unless);
+        if forgotten == Removed::Now {
             self.0.metrics.feeds.dec();
         }
-        forgotten != Forgotten::No
+        forgotten != Removed::No
     }
 
     /// How many sequences a reader at `position` is behind what is proven; 0 if nothing that it reads lies in between.
@@ -218,7 +218,7 @@ impl Hub {
             let flight = self.0.pages.flight(filter, after);
             let was_there = flight.initialized();
             let read = || async {
-                let read = Read { filter: filter.clone(), from: From::After(after), until: 0 };
+                let read = Read { filter: filter.clone(), from: ReadFrom::After(after), until: 0 };
                 let (page, read_at, held) = self.read_history(read).await?;
                 Ok::<_, BrokerError>(Arc::new(SharedPage::new(page, read_at, held)))
             };
@@ -310,11 +310,11 @@ impl Hub {
     /// Compares every feed with the stream: now and then, because the hint of a last event may have been lost and
     /// nothing later on its subject would tell; and at once when the broker says that hints may have been lost.
     async fn audit_forever(self) {
-        let mut doubts = self.0.broker.doubts();
+        let mut resyncs = self.0.broker.resync_signal();
         loop {
             tokio::select! {
                 () = tokio::time::sleep(jittered(self.0.settings.audit.interval)) => {}
-                Ok(()) = doubts.changed() => {}
+                Ok(()) = resyncs.changed() => {}
             }
             self.0.pages.tidy();
             let mut backoff = Backoff::default();
@@ -333,7 +333,7 @@ impl Hub {
         for feed in feeds {
             match feed.filter.exact() {
                 Some(subject) => exact.push((subject, feed)),
-                None => feed.doubt(self, "audit"),
+                None => feed.resync(self, "audit"),
             }
         }
         for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
@@ -352,7 +352,7 @@ impl Hub {
                     }
                     // Too much for one answer: each reads for itself.
                     None => {
-                        chunk.iter().for_each(|(_, feed)| feed.doubt(self, "audit"));
+                        chunk.iter().for_each(|(_, feed)| feed.resync(self, "audit"));
                         break;
                     }
                 }

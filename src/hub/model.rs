@@ -34,7 +34,7 @@ pub enum Step {
     /// Every subscription is told that it lost hints.
     Overflow,
     /// The broker says that hints may have been lost.
-    Doubt,
+    Resync,
     /// Every subscription ends.
     Cut,
     /// So many requests fail.
@@ -122,7 +122,7 @@ impl ReferenceStateMachine for Streams {
             30 => (0..SUBJECTS.len(), fate).prop_map(|(subject, hint)| Step::Publish { subject, hint }),
             5 => any::<Index>().prop_map(Step::TellLate),
             2 => Just(Step::Overflow),
-            2 => Just(Step::Doubt),
+            2 => Just(Step::Resync),
             1 => Just(Step::Cut),
             2 => (1usize..4).prop_map(Step::Fail),
             2 => (1usize..4, 1u64..4).prop_map(|(reads, events)| Step::Lag { reads, events }),
@@ -194,7 +194,7 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
                 Step::Publish { hint, .. } => broker.hint(hint),
                 Step::TellLate(index) => broker.tell_late(&index),
                 Step::Overflow => broker.overflow(),
-                Step::Doubt => broker.doubt(),
+                Step::Resync => broker.resync(),
                 Step::Cut => broker.cut(),
                 Step::Fail(requests) => broker.fail(requests),
                 Step::Lag { reads, events } => broker.lag(reads, events),
@@ -269,7 +269,7 @@ fn a_stream_made_again_in_the_middle_of_an_audit_stops_no_later_one() {
     for turns in 0..8 {
         let publish = || Step::Publish { subject: 0, hint: Fate::Told };
         let mut steps = vec![Step::Join { client: 0, filters: &["a.0"], begin: Begin::Now }, publish(), publish()];
-        steps.extend([Step::Wait(SETTLES), Step::Doubt, Step::Run { turns }, Step::Recreate, publish()]);
+        steps.extend([Step::Wait(SETTLES), Step::Resync, Step::Run { turns }, Step::Recreate, publish()]);
         World::<false>::test_sequential(Cases::default(), Streams::new(), steps, None);
     }
 }

@@ -23,7 +23,7 @@ use super::{
     pages::{Ahead, SharedPage},
 };
 use crate::{
-    broker::{BrokerError, From, Page, Read, SnapshotRead},
+    broker::{BrokerError, Page, Read, ReadFrom, SnapshotRead},
     event::Epoch,
     memory::Held,
     position::{Position, Witness},
@@ -71,16 +71,16 @@ pub enum Opening {
 }
 
 /// A place in every feed, and what is missing before it.
-pub(super) struct Found {
+pub(super) struct StartPoint {
     pub epoch: Epoch,
     pub places: Vec<Place>,
     pub gap: Option<(String, GapReason)>,
     pub snapshot: Option<Snapshot>,
 }
 
-impl Found {
-    fn at(epoch: Epoch, places: Vec<Place>) -> Found {
-        Found { epoch, places, gap: None, snapshot: None }
+impl StartPoint {
+    fn at(epoch: Epoch, places: Vec<Place>) -> StartPoint {
+        StartPoint { epoch, places, gap: None, snapshot: None }
     }
 }
 
@@ -120,7 +120,7 @@ pub(super) async fn subscribe(
     Ok((opening, cursor))
 }
 
-async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, BrokerError> {
+async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<StartPoint, BrokerError> {
     let requested = match &at {
         StartAt::Time(time) => time.to_string(),
         StartAt::Last(count) => format!("-{count}"),
@@ -131,9 +131,9 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
             return Box::pin(after(hub, filters, (position, Origin::Client), StartAt::Now)).await;
         }
         StartAt::Now => None,
-        StartAt::First => Some(From::After(0)),
-        StartAt::Time(time) => Some(From::Time(time)),
-        StartAt::Last(count) => Some(From::Last(count)),
+        StartAt::First => Some(ReadFrom::After(0)),
+        StartAt::Time(time) => Some(ReadFrom::Time(time)),
+        StartAt::Last(count) => Some(ReadFrom::Last(count)),
         StartAt::Snapshot => return begin_with_snapshot(hub, filters).await,
     };
     'again: loop {
@@ -168,11 +168,11 @@ async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<Found, Brok
             let now = places.iter().map(|place| place.position).max().unwrap_or(0);
             places.iter_mut().for_each(|place| place.position = now);
         }
-        if matches!(from, Some(From::Last(_))) {
+        if matches!(from, Some(ReadFrom::Last(_))) {
             begin_together_where_filters_overlap(&mut places);
         }
         let gap = (!is_whole).then_some((requested, GapReason::Expired));
-        return Ok(Found { gap, ..Found::at(epoch, places) });
+        return Ok(StartPoint { gap, ..StartPoint::at(epoch, places) });
     }
 }
 
@@ -197,15 +197,15 @@ fn begin_together_where_filters_overlap(places: &mut [Place]) {
 }
 
 /// Whether nothing that was asked for can have been dropped. What was dropped has left nothing but its number.
-async fn begins_within_what_is_kept(hub: &Hub, from: From, page: &Page) -> Result<bool, BrokerError> {
+async fn begins_within_what_is_kept(hub: &Hub, from: ReadFrom, page: &Page) -> Result<bool, BrokerError> {
     if page.first <= 1 {
         return Ok(true);
     }
     match from {
-        From::After(_) => Ok(true),
-        From::Last(count) => Ok(page.start >= page.first || !page.more && page.events.len() as u64 >= count),
-        From::Time(time) if time > Timestamp::now() => Ok(true),
-        From::Time(time) => {
+        ReadFrom::After(_) => Ok(true),
+        ReadFrom::Last(count) => Ok(page.start >= page.first || !page.more && page.events.len() as u64 >= count),
+        ReadFrom::Time(time) if time > Timestamp::now() => Ok(true),
+        ReadFrom::Time(time) => {
             let everything = Filter::parse(">").expect("it is one");
             let oldest = hub.read_shared(page.epoch, &everything, page.first - 1).await?;
             Ok(oldest.events.first().is_some_and(|oldest| oldest.event.time < time))
@@ -213,7 +213,7 @@ async fn begins_within_what_is_kept(hub: &Hub, from: From, page: &Page) -> Resul
     }
 }
 
-async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<Found, BrokerError> {
+async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<StartPoint, BrokerError> {
     loop {
         let (epoch, readers) = hub.started(filters).await?;
         let read = SnapshotRead { filters: filters.to_vec(), after: 0, as_of: None };
@@ -224,7 +224,7 @@ async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<Found, Bro
         }
         // Where the places are once the snapshot has been handed over.
         let places = readers.into_iter().map(|reader| Place::new(reader, page.as_of)).collect();
-        return Ok(Found { snapshot: Some(Snapshot::new(page, held)), ..Found::at(epoch, places) });
+        return Ok(StartPoint { snapshot: Some(Snapshot::new(page, held)), ..StartPoint::at(epoch, places) });
     }
 }
 
@@ -257,7 +257,7 @@ pub(super) async fn after(
     filters: &[Filter],
     (position, origin): (Position, Origin),
     otherwise: StartAt,
-) -> Result<Found, BrokerError> {
+) -> Result<StartPoint, BrokerError> {
     loop {
         let (epoch, readers) = hub.started(filters).await?;
         let is_same = match origin {
@@ -281,7 +281,7 @@ pub(super) async fn after(
             }
         }
         if is_same && places.iter().all(is_known) {
-            return Ok(Found::at(epoch, places));
+            return Ok(StartPoint::at(epoch, places));
         }
         let bounds = hub.0.broker.bounds().await?;
         if bounds.epoch != epoch {
@@ -291,7 +291,7 @@ pub(super) async fn after(
         // An id from the future of this node may be from another that is ahead: the leader knows.
         let is_there = places.iter().all(|place| place.position <= bounds.last);
         match (is_same, origin) {
-            (true, _) if is_there => return Ok(Found::at(epoch, places)),
+            (true, _) if is_there => return Ok(StartPoint::at(epoch, places)),
             (true, Origin::Client) if epoch.has_rewound() => {
                 if let Some(found) = rewound(hub, epoch, places, &position, None).await? {
                     return Ok(found);
@@ -307,7 +307,7 @@ pub(super) async fn after(
             (false, _) => {
                 places.iter_mut().for_each(|place| place.position = bounds.first - 1);
                 let gap = (position.to_string(), GapReason::Recreated);
-                return Ok(Found { gap: Some(gap), ..Found::at(epoch, places) });
+                return Ok(StartPoint { gap: Some(gap), ..StartPoint::at(epoch, places) });
             }
         }
     }
@@ -326,8 +326,8 @@ async fn rewound(
     places: Vec<Place>,
     position: &Position,
     later: Option<Timestamp>,
-) -> Result<Option<Found>, BrokerError> {
-    let from = later.map_or(From::After(0), From::Time);
+) -> Result<Option<StartPoint>, BrokerError> {
+    let from = later.map_or(ReadFrom::After(0), ReadFrom::Time);
     let mut found = vec![];
     for place in places {
         let Place { reader, position, .. } = place;
@@ -345,13 +345,13 @@ async fn rewound(
         found.push(place);
     }
     let gap = (position.to_string(), GapReason::Rewound);
-    Ok(Some(Found { gap: Some(gap), ..Found::at(epoch, found) }))
+    Ok(Some(StartPoint { gap: Some(gap), ..StartPoint::at(epoch, found) }))
 }
 
-async fn unknown(hub: &Hub, filters: &[Filter], requested: &str, at: StartAt) -> Result<Found, BrokerError> {
+async fn unknown(hub: &Hub, filters: &[Filter], requested: &str, at: StartAt) -> Result<StartPoint, BrokerError> {
     let requested = requested.chars().take(REQUESTED_CHARS_MAX).collect();
     let found = begin(hub, filters, at).await?;
-    Ok(Found { gap: Some((requested, GapReason::UnknownId)), ..found })
+    Ok(StartPoint { gap: Some((requested, GapReason::UnknownId)), ..found })
 }
 
 impl Hub {

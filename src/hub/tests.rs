@@ -134,7 +134,7 @@ impl Broker for Faulty {
         if let vague @ 1.. = self.vague_reads.load(Ordering::Relaxed) {
             assert!(vague > 1, "it is asked without end");
             self.vague_reads.store(vague - 1, Ordering::Relaxed);
-            let From::After(start) = read.from else { panic!("{read:?}") };
+            let ReadFrom::After(start) = read.from else { panic!("{read:?}") };
             let Bounds { epoch, first, .. } = self.bounds().await?;
             return Ok(Page { epoch, start, first, events: vec![], proven: start, more: false });
         }
@@ -153,8 +153,8 @@ impl Broker for Faulty {
         self.inner().bounds().await
     }
 
-    fn doubts(&self) -> watch::Receiver<u64> {
-        self.inner().doubts()
+    fn resync_signal(&self) -> watch::Receiver<u64> {
+        self.inner().resync_signal()
     }
 
     fn health(&self) -> Health {

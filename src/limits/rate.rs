@@ -14,7 +14,7 @@ use governor::{
     state::{StateStore, keyed::ShrinkableKeyedStateStore},
 };
 
-use super::{Key, Wait};
+use super::{Key, RetryAfter};
 
 /// How often a full table is searched for keys that can be forgotten.
 const SEARCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -52,17 +52,17 @@ impl Rate {
     }
 
     /// Whether one more of `key` would pass. Takes nothing.
-    pub(super) fn allows(&self, key: &Key) -> Result<(), Wait> {
-        self.preview.check_key(key).map_err(|refusal| Wait(refusal.wait_time_from(self.preview.clock().now())))
+    pub(super) fn allows(&self, key: &Key) -> Result<(), RetryAfter> {
+        self.preview.check_key(key).map_err(|refusal| RetryAfter(refusal.wait_time_from(self.preview.clock().now())))
     }
 
     /// Takes `amount` of what `key` may have. More than a burst counts as a burst: it passes when nothing is owed.
-    pub(super) fn check(&self, key: &Key, amount: usize) -> Result<(), Wait> {
+    pub(super) fn check(&self, key: &Key, amount: usize) -> Result<(), RetryAfter> {
         self.make_room();
         let amount = u32::try_from(amount).unwrap_or(u32::MAX).min(self.burst.get());
         let Some(amount) = NonZeroU32::new(amount) else { return Ok(()) };
         let checked = self.limiter.check_key_n(key, amount).expect("no more than a burst");
-        checked.map_err(|refusal| Wait(refusal.wait_time_from(self.limiter.clock().now())))
+        checked.map_err(|refusal| RetryAfter(refusal.wait_time_from(self.limiter.clock().now())))
     }
 
     /// Forgets, when the table is full, the keys that have what a new one has. Not at every call: it looks at all.
@@ -153,7 +153,7 @@ mod tests {
     fn a_burst_passes_and_then_the_wait_is_told() {
         let rate = rate(1, 3, 10);
         assert!((0..3).all(|_| rate.check(&address(1), 1).is_ok()));
-        let Err(Wait(wait)) = rate.check(&address(1), 1) else { panic!("a fourth is too many") };
+        let Err(RetryAfter(wait)) = rate.check(&address(1), 1) else { panic!("a fourth is too many") };
         assert!(wait > Duration::from_millis(500) && wait <= Duration::from_secs(1), "{wait:?}");
         assert_eq!(rate.check(&address(2), 1), Ok(()), "others have their own");
     }
@@ -163,7 +163,7 @@ mod tests {
         let rate = rate(1, 3, 10);
         assert!((0..10).all(|_| rate.allows(&address(1)).is_ok()));
         assert!((0..3).all(|_| rate.check(&address(1), 1).is_ok()));
-        let Err(Wait(wait)) = rate.allows(&address(1)) else { panic!("nothing is left") };
+        let Err(RetryAfter(wait)) = rate.allows(&address(1)) else { panic!("nothing is left") };
         assert!(wait > Duration::from_millis(500) && wait <= Duration::from_secs(1), "{wait:?}");
         assert_eq!(rate.allows(&address(2)), Ok(()), "others have their own");
     }
@@ -172,7 +172,7 @@ mod tests {
     fn more_than_a_burst_counts_as_a_burst() {
         let rate = rate(1, 10, 10);
         assert_eq!(rate.check(&address(1), usize::MAX), Ok(()));
-        let Err(Wait(wait)) = rate.check(&address(1), 10) else { panic!("nothing is left") };
+        let Err(RetryAfter(wait)) = rate.check(&address(1), 10) else { panic!("nothing is left") };
         assert!(wait > Duration::from_secs(8), "{wait:?}");
     }
 

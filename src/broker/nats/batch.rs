@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{
     api::RequestError,
-    leader::Known,
+    leader::LeaderState,
     message::{self, Delivered},
     supervise::Handler,
 };
@@ -29,7 +29,7 @@ const MIRROR_TRIES: usize = 10;
 
 pub(super) struct Batches {
     pub requests: Requests,
-    pub known: Arc<Known>,
+    pub known: Arc<LeaderState>,
     /// The most messages of one answer.
     pub replies_max: usize,
     pub stream: String,

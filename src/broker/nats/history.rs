@@ -16,7 +16,7 @@ use super::{
     leader::Leader,
 };
 use crate::{
-    broker::{Bounds, BrokerError, From, LastKnown, Page, Read},
+    broker::{Bounds, BrokerError, LastKnown, Page, Read, ReadFrom},
     event::Event,
     subject::Subject,
 };
@@ -52,8 +52,8 @@ impl History {
         }
         let bounds = self.leader.info().await?.bounds;
         let start = match read.from {
-            From::After(sequence) => sequence,
-            From::Time(_) | From::Last(_) => 0,
+            ReadFrom::After(sequence) => sequence,
+            ReadFrom::Time(_) | ReadFrom::Last(_) => 0,
         };
         Ok(Page { epoch: bounds.epoch, start, first: bounds.first, events: vec![], proven: start, more: true })
     }
@@ -61,8 +61,8 @@ impl History {
     pub(super) async fn page(&self, read: &Read) -> Result<Page, BrokerError> {
         let filter = format!("{}{}", self.batches.prefix, read.filter);
         let start = match read.from {
-            From::After(sequence) => sequence,
-            From::Time(time) => {
+            ReadFrom::After(sequence) => sequence,
+            ReadFrom::Time(time) => {
                 let time = time.clamp(Timestamp::UNIX_EPOCH, TIME_MAX);
                 // The last sequence first: what the search does not find, is not at or before it.
                 let bounds = self.leader.info().await?.bounds;
@@ -71,7 +71,7 @@ impl History {
                     None => bounds.last,
                 }
             }
-            From::Last(count) => self.before_last(&filter, count).await?,
+            ReadFrom::Last(count) => self.before_last(&filter, count).await?,
         };
         let query = json!({
             "seq": start.saturating_add(1),

@@ -93,18 +93,18 @@ struct Shared {
     api: Api,
     stream: String,
     info: Coalesced<Result<Arc<Info>, RequestError>>,
-    known: Arc<Known>,
+    known: Arc<LeaderState>,
 }
 
 /// When a request was sent, and what was known then.
 #[derive(Clone, Copy)]
-pub(super) struct Sending {
+pub(super) struct Sent {
     at: Instant,
     known: Identity,
 }
 
 /// What the last answer said, kept by whoever asks next.
-pub(super) struct Known {
+pub(super) struct LeaderState {
     present: Mutex<Identity>,
     /// Since when the leader has known of less than is proven.
     behind: Mutex<Option<Instant>>,
@@ -112,7 +112,7 @@ pub(super) struct Known {
     trouble: Mutex<Option<String>>,
     /// What is wrong with the stream's settings, if anything is.
     mismatch: Mutex<Option<String>>,
-    pub doubts: watch::Sender<u64>,
+    pub resyncs: watch::Sender<u64>,
     /// Whether word of changes would be heard.
     is_told: AtomicBool,
     /// How often the stream was said to have changed, or may have been said to.
@@ -126,14 +126,14 @@ pub(super) struct Known {
     mirror: Mutex<Option<(String, Instant)>>,
 }
 
-impl Known {
-    pub fn new(info: &Info) -> Known {
-        Known {
+impl LeaderState {
+    pub fn new(info: &Info) -> LeaderState {
+        LeaderState {
             present: Mutex::new(info.identity()),
             behind: Mutex::new(None),
             trouble: Mutex::new(None),
             mismatch: Mutex::new(None),
-            doubts: watch::Sender::new(0),
+            resyncs: watch::Sender::new(0),
             is_told: AtomicBool::new(false),
             changes: AtomicU64::new(0),
             present_as_of: AtomicU64::new(0),
@@ -144,14 +144,14 @@ impl Known {
     }
 
     /// Says that live hints may have been lost.
-    pub fn doubt(&self) {
-        self.doubts.send_modify(|count| *count += 1);
+    pub fn resync(&self) {
+        self.resyncs.send_modify(|count| *count += 1);
     }
 
     /// Says that the stream changed, or may have, and may be another one.
     pub fn change(&self) {
         self.changes.fetch_add(1, Ordering::AcqRel);
-        self.doubt();
+        self.resync();
     }
 
     /// Says whether word of changes is heard from now on.
@@ -247,7 +247,7 @@ impl Known {
             Finding::Rewound => tracing::warn!(last = seen.last, "the stream has lost its end, and counts anew"),
         }
         if finding != Finding::Same {
-            self.doubt();
+            self.resync();
         }
         Ok(())
     }
@@ -284,7 +284,7 @@ impl Known {
 impl Leader {
     /// Of a stream that is known to be there, in this state.
     pub fn new(api: Api, stream: String, info: &Info) -> Leader {
-        let known = Arc::new(Known::new(info));
+        let known = Arc::new(LeaderState::new(info));
         let info = Coalesced::start({
             let (api, stream, known) = (api.clone(), stream.clone(), known.clone());
             move || {
@@ -360,44 +360,44 @@ impl Leader {
         Ok(self.get(later).await?.is_none_or(|found| found.sequence > witness.sequence))
     }
 
-    /// See [`Known::present`].
+    /// See [`LeaderState::present`].
     pub fn epoch(&self) -> Epoch {
         self.0.known.present().epoch
     }
 
     /// To be taken before a request is sent whose answer does not say of which incarnation it is.
-    pub fn sending(&self) -> Sending {
-        Sending { at: Instant::now(), known: self.0.known.present() }
+    pub fn sending(&self) -> Sent {
+        Sent { at: Instant::now(), known: self.0.known.present() }
     }
 
     /// The incarnation that answered such a request, now; `None` if it may be one or another. Asked for if it may have
     /// changed: when this gateway would not have heard of a change, or was told of one, or when the answer took so long
     /// that the word of a change may have come together with it.
-    pub async fn answered(&self, sending: Sending) -> Option<Epoch> {
+    pub async fn epoch_of_reply(&self, sending: Sent) -> Option<Epoch> {
         match !self.0.known.is_doubtful() && sending.at.elapsed() < SLOW {
             true => (self.epoch() == sending.known.epoch).then_some(sending.known.epoch),
-            false => self.asked(sending).await,
+            false => self.ask_leader(sending).await,
         }
     }
 
     /// The same for a request that stored an event, with this sequence. The word of a change can come late in a cluster,
     /// or not at all: a stream that counts anew is another one.
-    pub async fn stored(&self, sending: Sending, sequence: u64) -> Option<Epoch> {
+    pub async fn epoch_of_ack(&self, sending: Sent, sequence: u64) -> Option<Epoch> {
         let epoch = match sequence > sending.known.last {
-            true => self.answered(sending).await?,
-            false => self.asked(sending).await?,
+            true => self.epoch_of_reply(sending).await?,
+            false => self.ask_leader(sending).await?,
         };
         self.0.known.reach(epoch, sequence);
         Some(epoch)
     }
 
-    async fn asked(&self, sending: Sending) -> Option<Epoch> {
+    async fn ask_leader(&self, sending: Sent) -> Option<Epoch> {
         // Boxed: few answers need it, and all would make room for it.
         let now = Box::pin(self.info()).await.ok()?.bounds.epoch;
         (now == sending.known.epoch).then_some(now)
     }
 
-    pub fn known(&self) -> &Arc<Known> {
+    pub fn known(&self) -> &Arc<LeaderState> {
         &self.0.known
     }
 }
@@ -425,7 +425,7 @@ where
 }
 
 /// Asks the leader what the stream is, and which incarnation that is by what is known.
-async fn ask_and_learn(api: &Api, stream: &str, known: &Known) -> Result<Info, RequestError> {
+async fn ask_and_learn(api: &Api, stream: &str, known: &LeaderState) -> Result<Info, RequestError> {
     let (before, as_of, asked) = (known.present(), known.changes.load(Ordering::Acquire), Instant::now());
     let mut info = ask_for_info(api, stream).await?;
     known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);

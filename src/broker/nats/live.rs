@@ -26,7 +26,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     connector::Connector,
-    leader::Known,
+    leader::LeaderState,
     message,
     provision::StartError,
     supervise::{self, Handler, Kept},
@@ -61,7 +61,7 @@ impl Live {
     pub async fn connect(
         connector: &Connector,
         settings: &config::Nats,
-        known: Arc<Known>,
+        known: Arc<LeaderState>,
         memory: &Memory,
     ) -> Result<Live, StartError> {
         let names = &settings.stream;
@@ -104,7 +104,7 @@ pub(super) struct Router {
     /// Hints that may wait for one feed.
     room: usize,
     memory: Memory,
-    known: Arc<Known>,
+    known: Arc<LeaderState>,
     client: Client,
     state: Mutex<State>,
     questions: watch::Sender<u64>,
@@ -180,7 +180,7 @@ impl Drop for Subscribed {
 type Begun = (Received<Subscribed>, oneshot::Receiver<()>);
 
 impl Router {
-    fn new(names: NatsStream, room: usize, memory: &Memory, known: Arc<Known>, client: Client) -> Router {
+    fn new(names: NatsStream, room: usize, memory: &Memory, known: Arc<LeaderState>, client: Client) -> Router {
         let memory = memory.clone();
         Router { names, room, memory, known, client, state: Mutex::default(), questions: watch::Sender::new(0) }
     }
@@ -311,8 +311,13 @@ mod tests {
         let settings = crate::config::Config::load(None, vec![]).unwrap().nats;
         let options = Connector::parse(&config::Nats { url: "nats://none".into(), ..settings.clone() }).unwrap();
         let client = Client::new(options.options("test"), vec![]);
-        let router =
-            Arc::new(Router::new(settings.stream, ROOM, &Memory::new(0), Arc::new(Known::new(&stream(0))), client));
+        let router = Arc::new(Router::new(
+            settings.stream,
+            ROOM,
+            &Memory::new(0),
+            Arc::new(LeaderState::new(&stream(0))),
+            client,
+        ));
         router.connected();
         router.ready();
         router.settle(1);

@@ -296,8 +296,8 @@ impl Broker for Nats {
         Ok(Gone { first: info.bounds.first, singly: info.gone_singly })
     }
 
-    fn doubts(&self) -> watch::Receiver<u64> {
-        self.leader.known().doubts.subscribe()
+    fn resync_signal(&self) -> watch::Receiver<u64> {
+        self.leader.known().resyncs.subscribe()
     }
 
     fn health(&self) -> Health {

@@ -1,4 +1,4 @@
-//! The doubts: every occasion on which live hints may have been lost without notice. On most of them the stream may also
+//! The resync signal: every occasion on which live hints may have been lost without notice. On most of them the stream may also
 //! have been made anew, which the leader is asked about before any more hints are believed.
 
 use std::{sync::Arc, time::Duration};
@@ -10,12 +10,12 @@ use super::{leader::Leader, live::Router, requirements::Requirements};
 use crate::backoff::Backoff;
 
 /// A cluster's other servers learn of a new subscription, and a new leader of all that was stored, a little later than
-/// this gateway does. So a second doubt follows the first.
+/// this gateway does. So a second resync follows the first.
 const SECOND_DOUBT: Duration = Duration::from_millis(500);
 /// How often the leader is asked whether the stream is there, the same, and as it must be.
 const ASK: Duration = Duration::from_secs(5);
 
-/// Moves the doubts and settles the router's questions for as long as it runs.
+/// Moves the resync signal and settles the router's questions for as long as it runs.
 pub(super) async fn watch(leader: Leader, requirements: Arc<Requirements>, router: Arc<Router>) {
     let mut questions = router.questions();
     let mut ask = tokio::time::interval(ASK);
@@ -33,7 +33,7 @@ pub(super) async fn watch(leader: Leader, requirements: Arc<Requirements>, route
             }
             Some(()) = &mut second_doubt => {
                 second_doubt = None.into();
-                leader.known().doubt();
+                leader.known().resync();
             }
             Some(()) = &mut asking => {
                 asking = None.into();

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     api::{Api, Refusal, code},
-    leader::{Leader, Sending},
+    leader::{Leader, Sent},
     message::{Stored, TYPE},
 };
 use crate::{
@@ -38,7 +38,7 @@ pub(super) struct Publisher {
 /// A publication with a key, and what it takes to recognise its first try in the stream.
 struct Keyed {
     leader: Leader,
-    sending: Sending,
+    sending: Sent,
     subject: String,
     prefix: String,
     message_id: String,
@@ -154,8 +154,8 @@ impl Publisher {
                 Verdict::Stored { sequence, duplicate } => {
                     // Stored, but where? Whoever tries again with the same key gets the right id.
                     let epoch = match duplicate {
-                        true => leader.answered(sending).await,
-                        false => leader.stored(sending, sequence).await,
+                        true => leader.epoch_of_reply(sending).await,
+                        false => leader.epoch_of_ack(sending, sequence).await,
                     };
                     let epoch = epoch.ok_or(PublishError::OutcomeUnknown)?;
                     Ok(Published { id: EventId { epoch, sequence }, duplicate })
@@ -232,7 +232,7 @@ impl Keyed {
     }
 
     async fn published(&self, sequence: u64) -> Result<Published, PublishError> {
-        let epoch = self.leader.answered(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
+        let epoch = self.leader.epoch_of_reply(self.sending).await.ok_or(PublishError::OutcomeUnknown)?;
         Ok(Published { id: EventId { epoch, sequence }, duplicate: true })
     }
 }

@@ -9,7 +9,7 @@ use super::{
     history::History,
 };
 use crate::{
-    broker::{BrokerError, From, Page, Read, SnapshotPage, SnapshotRead},
+    broker::{BrokerError, Page, Read, ReadFrom, SnapshotPage, SnapshotRead},
     event::Event,
     subject::{Filter, Subject},
 };
@@ -51,7 +51,7 @@ impl History {
             _ => Filter::parse(">").expect("it is one"),
         };
         let Page { epoch, events, proven, more, .. } =
-            self.page(&Read { filter, from: From::After(after), until: as_of }).await?;
+            self.page(&Read { filter, from: ReadFrom::After(after), until: as_of }).await?;
         let wanted =
             |event: &Event| event.sequence <= as_of && filters.iter().any(|filter| filter.matches(&event.subject));
         let mut newest: HashMap<Subject, Event> = HashMap::new();

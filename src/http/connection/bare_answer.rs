@@ -20,7 +20,7 @@ use crate::{
     http::{
         App,
         error::{ApiError, Code, Problem},
-        passage,
+        middleware,
     },
 };
 
@@ -136,7 +136,7 @@ fn problem(app: &App, bare: &[u8], line: &Line) -> Bytes {
         ),
     };
     app.count_refusal(&error);
-    let id = passage::new_request_id();
+    let id = middleware::new_request_id();
     tracing::debug!(code = error.code.as_str(), request_id = &*id, "a request that can't be read is refused");
     let problem = Problem { request_id: Some(&id), ..error.problem() };
     let body = serde_json::to_string(&problem).expect("strings and numbers always serialize");

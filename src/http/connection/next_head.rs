@@ -1,7 +1,7 @@
 //! How long the next request may take to come on a connection that has had one: `limits.keep_alive` until its first byte,
 //! and `limits.request_head` from there to the end of its head. (The first head is timed by actix, and it alone.)
 //!
-//! Knows from the handlers when a head has been read and answered, see [`Slot::serve`]; nothing is parsed here. A piece
+//! Knows from the handlers when a head has been read and answered, see [`SharedSocket::serve`]; nothing is parsed here. A piece
 //! of a head that arrives with the request before it is not seen: that head may take as long as a connection is kept.
 
 use std::{
@@ -12,7 +12,7 @@ use std::{
 
 use tokio::time::{Instant, Sleep};
 
-use super::Slot;
+use super::SharedSocket;
 use crate::config;
 
 pub(super) struct NextHead {
@@ -39,12 +39,12 @@ impl NextHead {
     }
 
     /// Begins to wait, or goes on to, when nothing else is there to do. Whoever polls is woken when time is over.
-    pub(super) fn watch(&mut self, slot: &Slot, cx: &mut Context<'_>) {
-        if slot.unanswered.get() > 0 || slot.requests.get() == 0 {
+    pub(super) fn watch(&mut self, socket_share: &SharedSocket, cx: &mut Context<'_>) {
+        if socket_share.unanswered.get() > 0 || socket_share.requests.get() == 0 {
             return;
         }
-        if self.after != slot.requests.get() {
-            self.after = slot.requests.get();
+        if self.after != socket_share.requests.get() {
+            self.after = socket_share.requests.get();
             (self.has_begun, self.is_timed) = (false, false);
             self.start(self.keep_alive, cx);
         } else if self.has_begun && !self.is_timed {
@@ -54,8 +54,8 @@ impl NextHead {
     }
 
     /// Whether a head is waited for, and has not come in time.
-    pub(super) fn is_late(&self, slot: &Slot) -> bool {
-        let is_awaited = slot.unanswered.get() == 0 && slot.requests.get() == self.after;
+    pub(super) fn is_late(&self, socket_share: &SharedSocket) -> bool {
+        let is_awaited = socket_share.unanswered.get() == 0 && socket_share.requests.get() == self.after;
         is_awaited && self.timer.as_ref().is_some_and(|timer| timer.is_elapsed())
     }
 

@@ -12,8 +12,8 @@ use tokio::sync::{mpsc, watch};
 use super::Fate;
 use crate::{
     broker::{
-        Acknowledgement, Bounds, Broker, BrokerError, From, Health, Hint, Hints, LastKnown, Page, Publication, Publish,
-        PublishError, Read, SnapshotPage, SnapshotRead,
+        Acknowledgement, Bounds, Broker, BrokerError, Health, Hint, Hints, LastKnown, Page, Publication, Publish,
+        PublishError, Read, ReadFrom, SnapshotPage, SnapshotRead,
     },
     event::{Epoch, Event, EventId},
     subject::{Filter, Subject},
@@ -118,7 +118,7 @@ impl Stream {
 /// A broker that does as it is told.
 pub struct Scripted {
     state: Mutex<State>,
-    doubts: watch::Sender<u64>,
+    resyncs: watch::Sender<u64>,
 }
 
 struct State {
@@ -139,7 +139,7 @@ impl Scripted {
         let stream = streams.now().clone();
         let (listeners, held_back) = (vec![], vec![]);
         let state = State { stream, listeners, held_back, failing: 0, lagging: 0, lag: 0, hurrying: 0, hurry: 0 };
-        Scripted { state: Mutex::new(state), doubts: watch::Sender::new(0) }
+        Scripted { state: Mutex::new(state), resyncs: watch::Sender::new(0) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -189,8 +189,8 @@ impl Scripted {
         self.state().listeners.clear();
     }
 
-    pub fn doubt(&self) {
-        self.doubts.send_modify(|count| *count += 1);
+    pub fn resync(&self) {
+        self.resyncs.send_modify(|count| *count += 1);
     }
 
     pub fn fail(&self, requests: usize) {
@@ -263,9 +263,13 @@ impl Broker for Scripted {
         // The leader knows where that is.
         let mut kept = stream.kept(stream.last()).filter(matching);
         let start = match read.from {
-            From::After(sequence) => sequence,
-            From::Time(time) => kept.find(|event| event.time >= time).map_or(stream.last(), |event| event.sequence - 1),
-            From::Last(count) => kept.nth_back(count as usize - 1).map_or(stream.first - 1, |event| event.sequence - 1),
+            ReadFrom::After(sequence) => sequence,
+            ReadFrom::Time(time) => {
+                kept.find(|event| event.time >= time).map_or(stream.last(), |event| event.sequence - 1)
+            }
+            ReadFrom::Last(count) => {
+                kept.nth_back(count as usize - 1).map_or(stream.first - 1, |event| event.sequence - 1)
+            }
         };
         let mut rest = stream.kept(horizon).filter(matching).filter(|event| event.sequence > start);
         let events: Vec<_> = rest.by_ref().take(PAGE_EVENTS).cloned().collect();
@@ -307,8 +311,8 @@ impl Broker for Scripted {
         Ok(Bounds { epoch: stream.epoch, first: stream.first, last: stream.last(), time })
     }
 
-    fn doubts(&self) -> watch::Receiver<u64> {
-        self.doubts.subscribe()
+    fn resync_signal(&self) -> watch::Receiver<u64> {
+        self.resyncs.subscribe()
     }
 
     fn health(&self) -> Health {

@@ -15,10 +15,10 @@ use std::{
 
 use jiff::Timestamp;
 
-use crate::hub::Whereabouts;
+use crate::hub::Progress;
 
 /// The streams of this node.
-pub struct Register {
+pub struct Registry {
     streams: Mutex<Streams>,
     ended_max: usize,
 }
@@ -26,18 +26,18 @@ pub struct Register {
 #[derive(Default)]
 struct Streams {
     opened: u64,
-    open: BTreeMap<u64, Arc<Record>>,
+    open: BTreeMap<u64, Arc<StreamRecord>>,
     /// The last ones, oldest first.
     ended: VecDeque<Ended>,
 }
 
 /// One stream. All that is told of it is kept here, once: there are as many of these as clients.
-pub struct Record {
+pub struct StreamRecord {
     /// Counts the streams of this node.
     pub number: u64,
     pub client: Client,
     pub opened: Timestamp,
-    pub whereabouts: Whereabouts,
+    pub progress: Progress,
     events: AtomicU64,
     bytes: AtomicU64,
 }
@@ -55,25 +55,25 @@ pub struct Client {
 /// A stream that has ended.
 #[derive(Clone)]
 pub struct Ended {
-    pub record: Arc<Record>,
+    pub record: Arc<StreamRecord>,
     pub at: Timestamp,
     pub reason: &'static str,
 }
 
-impl Register {
+impl Registry {
     /// A register that remembers so many streams after their end.
-    pub(super) fn new(ended_max: usize) -> Register {
-        Register { streams: Mutex::default(), ended_max }
+    pub(super) fn new(ended_max: usize) -> Registry {
+        Registry { streams: Mutex::default(), ended_max }
     }
 
-    pub(super) fn open(&self, client: Client, whereabouts: Whereabouts) -> Arc<Record> {
+    pub(super) fn open(&self, client: Client, progress: Progress) -> Arc<StreamRecord> {
         let mut streams = self.streams();
         streams.opened += 1;
-        let record = Arc::new(Record {
+        let record = Arc::new(StreamRecord {
             number: streams.opened,
             client,
             opened: Timestamp::now(),
-            whereabouts,
+            progress,
             events: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         });
@@ -81,7 +81,7 @@ impl Register {
         record
     }
 
-    pub(super) fn close(&self, record: Arc<Record>, reason: &'static str) -> Ended {
+    pub(super) fn close(&self, record: Arc<StreamRecord>, reason: &'static str) -> Ended {
         let ended = Ended { record, at: Timestamp::now(), reason };
         let mut streams = self.streams();
         streams.open.remove(&ended.record.number);
@@ -93,14 +93,19 @@ impl Register {
     }
 
     /// The open streams after a number, of those that are `wanted`: the first so many.
-    pub fn open_after(&self, number: u64, count: usize, wanted: impl Fn(&Record) -> bool) -> Vec<Arc<Record>> {
+    pub fn open_after(
+        &self,
+        number: u64,
+        count: usize,
+        wanted: impl Fn(&StreamRecord) -> bool,
+    ) -> Vec<Arc<StreamRecord>> {
         let streams = self.streams();
         let after = streams.open.range((Bound::Excluded(number), Bound::Unbounded)).map(|(_, record)| record);
         after.filter(|record| wanted(record)).take(count).cloned().collect()
     }
 
     /// The streams that ended last, of those that are `wanted`: newest first, so many.
-    pub fn ended(&self, count: usize, wanted: impl Fn(&Record) -> bool) -> Vec<Ended> {
+    pub fn ended(&self, count: usize, wanted: impl Fn(&StreamRecord) -> bool) -> Vec<Ended> {
         self.streams().ended.iter().rev().filter(|ended| wanted(&ended.record)).take(count).cloned().collect()
     }
 
@@ -109,7 +114,7 @@ impl Register {
     }
 }
 
-impl Record {
+impl StreamRecord {
     /// Events that were written whole.
     pub fn events(&self) -> u64 {
         self.events.load(Relaxed)
@@ -130,13 +135,13 @@ impl Ended {
     /// One line of the log, for every stream.
     pub(super) fn log(&self) {
         let Ended { record, at, reason } = self;
-        let mut filters = record.whereabouts.places().map(|(filter, _)| filter);
+        let mut filters = record.progress.places().map(|(filter, _)| filter);
         tracing::info!(
             reason,
             seconds = at.duration_since(record.opened).as_secs_f64(),
             events = record.events(),
             bytes = record.bytes(),
-            last_id = %record.whereabouts.position(),
+            last_id = %record.progress.position(),
             filters = filters.len(),
             // As nginx's log has it in the path. The others of a stream of several are at /debug/streams.
             filter = filters.next().map(tracing::field::display),

@@ -7,11 +7,11 @@ mod sync {
     };
 }
 
-#[path = "../src/hub/shelf.rs"]
+#[path = "../src/hub/reader_map.rs"]
 #[expect(dead_code, reason = "not all of it is tried here")]
-mod shelf;
+mod reader_map;
 
-use shelf::{Forgotten, Readers, Shelf};
+use reader_map::{ReaderMap, Readers, Removed};
 use sync::{Arc, AtomicUsize, Ordering};
 
 const NAME: u8 = 7;
@@ -30,27 +30,27 @@ impl AsRef<Readers> for Thing {
 }
 
 struct World {
-    shelf: Shelf<u8, Thing>,
+    reader_map: ReaderMap<u8, Thing>,
     forgotten: AtomicUsize,
     made: AtomicUsize,
 }
 
 impl World {
     fn new() -> Arc<World> {
-        Arc::new(World { shelf: Shelf::new(), forgotten: AtomicUsize::new(0), made: AtomicUsize::new(0) })
+        Arc::new(World { reader_map: ReaderMap::new(), forgotten: AtomicUsize::new(0), made: AtomicUsize::new(0) })
     }
 
     /// Comes, reads, leaves, and after a while forgets what nobody has wanted since.
     fn read_once(&self) {
-        let thing = self.shelf.take(&NAME, || {
+        let thing = self.reader_map.take(&NAME, || {
             self.made.fetch_add(1, Ordering::AcqRel);
             Thing::default()
         });
         assert_eq!(thing.closed.load(Ordering::Acquire), 0, "what is read is not forgotten");
         loom::thread::yield_now();
         assert_eq!(thing.closed.load(Ordering::Acquire), 0, "what is read is not forgotten");
-        let Some(desertion) = thing.readers.leave() else { return };
-        if self.shelf.forget(&NAME, &thing, |thing| thing.readers.any_since(desertion)) == Forgotten::Now {
+        let Some(generation) = thing.readers.leave() else { return };
+        if self.reader_map.remove(&NAME, &thing, |thing| thing.readers.any_since(generation)) == Removed::Now {
             thing.closed.store(1, Ordering::Release);
             self.forgotten.fetch_add(1, Ordering::AcqRel);
         }
@@ -73,7 +73,7 @@ fn what_is_read_is_kept_and_what_nobody_reads_is_forgotten_once() {
         world.read_once();
         others.into_iter().for_each(|other| other.join().unwrap());
 
-        assert!(world.shelf.all().is_empty(), "nobody reads any more");
+        assert!(world.reader_map.all().is_empty(), "nobody reads any more");
         assert_eq!(world.forgotten.load(Ordering::Acquire), world.made.load(Ordering::Acquire), "each once");
     });
 }

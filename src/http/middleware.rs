@@ -24,7 +24,7 @@ use bytes::Bytes;
 
 use super::{
     App, LINGER,
-    connection::{Body, Serving, Slot},
+    connection::{Body, Serving, SharedSocket},
     error::{ApiError, Code},
 };
 use crate::{
@@ -41,23 +41,23 @@ const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// What is known of a request, whatever it asks for.
 #[derive(Clone)]
-struct Visit {
+struct RequestContext {
     id: Arc<str>,
     address: Option<IpAddr>,
 }
 
 /// Takes a request to its handler, and its answer back.
-pub async fn escort(
+pub async fn public(
     app: web::Data<App>,
     mut request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, Error> {
     let serving = begin(&mut request);
-    let visit = Visit::read(&app, request.request());
-    let id = HeaderValue::from_str(&visit.id).expect("a request id is letters, digits and -_.");
+    let context = RequestContext::read(&app, request.request());
+    let id = HeaderValue::from_str(&context.id).expect("a request id is letters, digits and -_.");
     let origin = request.headers().get(header::ORIGIN).cloned();
-    request.extensions_mut().insert(visit);
-    let refusal = request.request().conn_data::<Rc<Slot>>().and_then(|slot| slot.refusal());
+    request.extensions_mut().insert(context);
+    let refusal = request.request().conn_data::<Rc<SharedSocket>>().and_then(|socket_share| socket_share.refusal());
     let checked = match refusal {
         Some(why) => Err(ApiError::new(Code::TooManyConnections, why)),
         None => check_head(request.head(), &app.limits.borrow()),
@@ -80,7 +80,7 @@ pub async fn escort(
 
 /// Takes a request of an operator to its handler, if it names this listener as operators do: a page that has its own
 /// name lead here (DNS rebinding) could read what is here otherwise.
-pub async fn escort_operator(
+pub async fn admin(
     app: web::Data<App>,
     mut request: ServiceRequest,
     next: Next<BoxBody>,
@@ -115,24 +115,26 @@ fn names_admin(host: &str, names: &[String]) -> bool {
 
 /// Notes that a request is being answered, for as long as what comes back is kept.
 fn begin(request: &mut ServiceRequest) -> Serving {
-    let slot = slot(request.request());
+    let socket_share = socket_share(request.request());
     match request.take_payload() {
-        Payload::None => slot.serve(false),
+        Payload::None => socket_share.serve(false),
         payload => {
-            request.set_payload(Payload::Stream { payload: Box::pin(Body { payload, slot: slot.clone() }) });
-            slot.serve(true)
+            request.set_payload(Payload::Stream {
+                payload: Box::pin(Body { payload, socket_share: socket_share.clone() }),
+            });
+            socket_share.serve(true)
         }
     }
 }
 
-fn slot(request: &HttpRequest) -> Rc<Slot> {
-    request.conn_data::<Rc<Slot>>().expect("every connection carries its slot").clone()
+fn socket_share(request: &HttpRequest) -> Rc<SharedSocket> {
+    request.conn_data::<Rc<SharedSocket>>().expect("every connection carries its shared socket").clone()
 }
 
 /// Hands an answer to the HTTP server, which may have to read on before, or to write on after it.
 async fn finish(mut response: ServiceResponse<BoxBody>, serving: Serving) -> ServiceResponse<BoxBody> {
     if has_endless_rest(&response) {
-        slot(response.request()).end_after(LINGER).await;
+        socket_share(response.request()).end_after(LINGER).await;
         response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
     }
     match response.response().body().size() {
@@ -196,12 +198,12 @@ fn has_endless_rest(response: &ServiceResponse) -> bool {
 
 /// The id of a request, if it is one of the public listener.
 pub fn request_id(request: &HttpRequest) -> Option<Arc<str>> {
-    request.extensions().get::<Visit>().map(|visit| visit.id.clone())
+    request.extensions().get::<RequestContext>().map(|context| context.id.clone())
 }
 
 /// The address that a request is counted for, if any.
 pub fn address(request: &HttpRequest) -> Option<IpAddr> {
-    request.extensions().get::<Visit>().and_then(|visit| visit.address)
+    request.extensions().get::<RequestContext>().and_then(|context| context.address)
 }
 
 /// Whom a request is counted for, once it is known who sends it.
@@ -210,13 +212,13 @@ pub fn caller(request: &HttpRequest, principal: &Principal) -> Caller {
     Caller::new(address(request), name.as_deref())
 }
 
-impl Visit {
-    fn read(app: &App, request: &HttpRequest) -> Visit {
+impl RequestContext {
+    fn read(app: &App, request: &HttpRequest) -> RequestContext {
         let peer = request.peer_addr().map(|peer| peer.ip());
         let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(|id| is_request_id(id));
         let given = given.filter(|_| peer.is_some_and(|peer| app.proxies.trust(peer)));
         let id = given.map_or_else(new_request_id, Arc::from);
-        Visit { id, address: peer.and_then(|peer| app.proxies.client(peer, request.headers())) }
+        RequestContext { id, address: peer.and_then(|peer| app.proxies.client(peer, request.headers())) }
     }
 }
 

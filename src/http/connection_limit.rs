@@ -1,4 +1,4 @@
-//! Room for connections of the public listener. One more than there is room for waits a moment, as when all clients of
+//! Permits for connections of the public listener. One more than there is room for waits a moment, as when all clients of
 //! another node come at once. If it finds none it is not left without a word: its first request is refused, and it is closed.
 
 use std::{sync::Arc, time::Duration};
@@ -22,7 +22,7 @@ pub const REFUSAL_WITHIN: Duration = Duration::from_secs(1);
 
 /// Cheap to clone.
 #[derive(Clone)]
-pub struct Room {
+pub struct ConnectionLimit {
     connections: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
     refusals: Arc<Semaphore>,
@@ -34,10 +34,10 @@ pub enum Entry {
     Refused(OwnedSemaphorePermit),
 }
 
-impl Room {
-    pub fn new(limits: &config::Limits) -> Room {
+impl ConnectionLimit {
+    pub fn new(limits: &config::Limits) -> ConnectionLimit {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS)));
-        Room {
+        ConnectionLimit {
             connections: semaphore(limits.connections),
             waiting: semaphore(limits.waiting_connections() + OVERSHOOT),
             refusals: semaphore(REFUSALS),

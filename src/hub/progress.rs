@@ -14,16 +14,16 @@ use crate::{
 ///
 /// Its parts are written one by one: who looks in the moment in which a stream turns out to have been made again may see
 /// places of the one with the epoch of the other.
-pub struct Whereabouts {
+pub struct Progress {
     epoch: AtomicU32,
     /// Most clients have one.
     places: SmallVec<[(Filter, AtomicU64); 1]>,
 }
 
-impl Whereabouts {
-    pub(super) fn new(epoch: Epoch, places: impl Iterator<Item = (Filter, u64)>) -> Whereabouts {
+impl Progress {
+    pub(super) fn new(epoch: Epoch, places: impl Iterator<Item = (Filter, u64)>) -> Progress {
         let places = places.map(|(filter, at)| (filter, at.into())).collect();
-        Whereabouts { epoch: epoch.number().into(), places }
+        Progress { epoch: epoch.number().into(), places }
     }
 
     pub(super) fn set(&self, epoch: Epoch, places: impl Iterator<Item = u64>) {

@@ -19,21 +19,21 @@ use tokio_util::time::{DelayQueue, delay_queue::Key};
 
 use super::{
     Common,
-    bell::Bell,
+    ready_queue::ReadyQueue,
     stream::{End, Stream, Turn},
 };
 
 /// Streams that are served before others on the same thread have their turn.
 const TURN: usize = 64;
-/// An alarm that is further away rings then, for nothing.
+/// A `DelayQueue` cannot hold longer timers: those fire early and are set again.
 const ALARM_MAX: Duration = Duration::from_secs(24 * 3600);
 
-pub(super) struct Porter {
+pub(super) struct Worker {
     common: Arc<Common>,
     arrivals: mpsc::UnboundedReceiver<Stream>,
     /// Boxed, so that growing leaves no large holes.
     streams: Slab<Box<Kept>>,
-    bell: Arc<Bell>,
+    ready_queue: Arc<ReadyQueue>,
     alarms: DelayQueue<usize>,
     /// The time, as of the turn that has begun.
     now: Instant,
@@ -55,23 +55,23 @@ pub(super) struct Wakers {
     pub socket: Waker,
 }
 
-/// What a porter waits for.
+/// What a worker waits for.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Happened {
     Arrived(Option<Stream>),
     /// The cords of these numbers were pulled.
-    Rung(Vec<usize>),
+    Ready(Vec<usize>),
     Alarm(usize),
     Draining,
 }
 
-impl Porter {
-    /// A porter, for streams that come through what is returned.
-    pub fn new(common: Arc<Common>) -> (Porter, mpsc::UnboundedSender<Stream>) {
+impl Worker {
+    /// A worker, for streams that come through what is returned.
+    pub fn new(common: Arc<Common>) -> (Worker, mpsc::UnboundedSender<Stream>) {
         // Bounded by the streams that may be open.
         let (arrive, arrivals) = mpsc::unbounded_channel();
-        let (streams, bell, alarms) = (Slab::new(), Arc::default(), DelayQueue::new());
-        (Porter { common, arrivals, streams, bell, alarms, now: Instant::now() }, arrive)
+        let (streams, ready_queue, alarms) = (Slab::new(), Arc::default(), DelayQueue::new());
+        (Worker { common, arrivals, streams, ready_queue, alarms, now: Instant::now() }, arrive)
     }
 
     /// Serves until no more streams can come.
@@ -81,7 +81,7 @@ impl Porter {
         loop {
             let happened = tokio::select! {
                 arrived = self.arrivals.recv() => Happened::Arrived(arrived),
-                numbers = poll_fn(|cx| self.bell.poll_rung(cx)) => Happened::Rung(numbers),
+                numbers = poll_fn(|cx| self.ready_queue.poll_pop_all(cx)) => Happened::Ready(numbers),
                 Some(alarm) = poll_fn(|cx| self.alarms.poll_expired(cx)), if !self.alarms.is_empty() => {
                     Happened::Alarm(alarm.into_inner())
                 }
@@ -97,7 +97,7 @@ impl Porter {
                         self.have(number, Stream::drain);
                     }
                 }
-                Happened::Rung(numbers) => {
+                Happened::Ready(numbers) => {
                     for turn in numbers.chunks(TURN) {
                         turn.iter().for_each(|number| self.answer(*number));
                         tokio::task::yield_now().await;
@@ -122,20 +122,21 @@ impl Porter {
         let vacant = self.streams.vacant_entry();
         let number = vacant.key();
         // Two cords for each, see `answer`.
-        let wakers = Wakers { feeds: self.bell.cord(2 * number), socket: self.bell.cord(2 * number + 1) };
+        let wakers =
+            Wakers { feeds: self.ready_queue.waker(2 * number), socket: self.ready_queue.waker(2 * number + 1) };
         let alarm = self.alarms.insert(number, ALARM_MAX);
         vacant.insert(Box::new(Kept { stream, wakers, due: self.now + ALARM_MAX, alarm }));
         number
     }
 
-    fn answer(&mut self, cord: usize) {
-        match cord % 2 {
-            0 => self.have(cord / 2, Stream::flow),
-            _ => self.have(cord / 2, Stream::attend),
+    fn answer(&mut self, waker: usize) {
+        match waker % 2 {
+            0 => self.have(waker / 2, Stream::flow),
+            _ => self.have(waker / 2, Stream::attend),
         }
     }
 
-    /// An alarm that has rung is gone.
+    /// An alarm that has fired is gone.
     fn set_alarm_anew(&mut self, number: usize) {
         if let Some(kept) = self.streams.get_mut(number) {
             kept.due = self.now + ALARM_MAX;

@@ -15,11 +15,11 @@ use super::{
     App,
     cors::is_of_another_site,
     error::{ApiError, Code},
-    passage,
+    middleware,
     query::Query,
 };
 use crate::{
-    auth::{Carrier, Credential, Principal, Refusal, Version, local},
+    auth::{Principal, Refusal, Version, local},
     delivery::Client,
     subject::{Filter, Subject},
 };
@@ -33,24 +33,23 @@ pub const ADVICE: (&[&str], &str) = (
     "a token comes as Authorization: Bearer, or in the cookie; in the query only where auth.query_token is on, as token",
 );
 
-/// Who sends `request`.
-pub async fn identify(app: &App, request: &HttpRequest, query: &Query) -> Result<Principal, ApiError> {
-    let Some((text, carrier)) = brought(app, request, query)? else { return Ok(app.auth.identify(None).await?) };
-    let credential = Credential { text: &text, carrier };
+/// Authenticates the sender of a request.
+pub async fn authenticate(app: &App, request: &HttpRequest, query: &Query) -> Result<Principal, ApiError> {
+    let Some(credential) = credential_of(app, request, query)? else { return Ok(app.auth.authenticate(None).await?) };
     if request.method() != Method::POST {
         // An attempt that is counted already, good or bad.
-        return Ok(app.auth.identify(Some(credential)).await?);
+        return Ok(app.auth.authenticate(Some(&credential)).await?);
     }
-    let address = passage::address(request);
+    let address = middleware::address(request);
     app.shares.credential(address).map_err(|wait| ApiError::over_rate(Code::TooManyAttempts, wait))?;
-    let identified = app.auth.identify(Some(credential)).await;
-    if let Err(Refusal::Invalid(_)) = identified {
+    let authenticated = app.auth.authenticate(Some(&credential)).await;
+    if let Err(Refusal::Invalid(_)) = authenticated {
         app.shares.bad_credential(address);
     }
-    Ok(identified?)
+    Ok(authenticated?)
 }
 
-/// Who sends a request that goes on: identified anew whenever what says who may do what has changed.
+/// The sender of a request that lasts: authenticated again whenever keys, policies or settings have changed.
 pub struct Sender {
     request: HttpRequest,
     query: Query,
@@ -60,10 +59,10 @@ pub struct Sender {
 
 impl Sender {
     /// Who sends `request` now.
-    pub async fn identify(app: &App, request: &HttpRequest, query: Query) -> Result<Sender, ApiError> {
+    pub async fn authenticate(app: &App, request: &HttpRequest, query: Query) -> Result<Sender, ApiError> {
         // Looked at before, so that what changes meanwhile is looked at again.
         let as_of = app.auth.version();
-        let principal = Ok(identify(app, request, &query).await?);
+        let principal = Ok(authenticate(app, request, &query).await?);
         Ok(Sender { request: request.clone(), query, as_of, principal })
     }
 
@@ -71,41 +70,36 @@ impl Sender {
     pub async fn now(&mut self, app: &App) -> Result<&Principal, ApiError> {
         let now = app.auth.version();
         if now != self.as_of {
-            match Box::pin(self.identify_again(app)).await {
+            match Box::pin(self.authenticate_again(app)).await {
                 // Nobody knows now; whoever asks next may be told.
                 Err(error) if error.code == Code::KeysUnavailable => return Err(error),
                 principal => (self.as_of, self.principal) = (now, principal),
             }
         }
-        check_page(app, &self.request)?;
+        authorize_page(app, &self.request)?;
         self.principal.as_ref().map_err(ApiError::clone)
     }
 
-    async fn identify_again(&self, app: &App) -> Result<Principal, ApiError> {
-        let brought = brought(app, &self.request, &self.query)?;
-        let credential = brought.as_ref().map(|(text, carrier)| Credential { text, carrier: *carrier });
-        Ok(app.auth.identify(credential).await?)
+    async fn authenticate_again(&self, app: &App) -> Result<Principal, ApiError> {
+        let credential = credential_of(app, &self.request, &self.query)?;
+        Ok(app.auth.authenticate(credential.as_deref()).await?)
     }
 }
 
-/// What `request` brings to say who sends it, if anything.
-fn brought<'a>(
-    app: &App,
-    request: &'a HttpRequest,
-    query: &'a Query,
-) -> Result<Option<(Cow<'a, str>, Carrier)>, ApiError> {
+/// The credential that a request brings, if any.
+fn credential_of<'a>(app: &App, request: &'a HttpRequest, query: &'a Query) -> Result<Option<Cow<'a, str>>, ApiError> {
     if app.auth.is_local_only() {
         check_local(app, request)?;
     }
-    let from_header = authorization(request)?.map(|text| (text, Carrier::Header));
+    let from_header = authorization(request)?.map(|text| (text, false));
     let cookie = app.auth.cookie();
-    let from_cookie = cookies(request, &cookie).map(|text| (Cow::Owned(text), Carrier::Cookie));
-    let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), Carrier::Query));
+    let from_cookie = cookies(request, &cookie).map(|text| (Cow::Owned(text), true));
+    let from_query = query.all(TOKEN).filter(|token| !token.is_empty()).map(|token| (token.into(), false));
     let mut brought = from_header.into_iter().chain(from_cookie).chain(from_query);
-    let Some((text, carrier)) = brought.next() else { return Ok(None) };
-    let mut others = brought.filter(|(other, _)| *other != text).map(|(_, carrier)| carrier).peekable();
+    let Some((text, is_cookie)) = brought.next() else { return Ok(None) };
+    let mut others = brought.filter(|(other, _)| *other != text).map(|(_, is_cookie)| is_cookie).peekable();
     if others.peek().is_some() {
-        let detail = match carrier == Carrier::Cookie && others.all(|other| other == Carrier::Cookie) {
+        let detail = match is_cookie && others.all(|is_cookie| is_cookie) {
             true => format!(
                 "several cookies are named {cookie}, with different values: a browser keeps one for each path and \
                  domain that set it; delete all but one"
@@ -114,21 +108,21 @@ fn brought<'a>(
         };
         return Err(ApiError::new(Code::AmbiguousToken, detail));
     }
-    Ok(Some((text, carrier)))
+    Ok(Some(text))
 }
 
 /// Who they are to whoever looks at their stream.
 pub fn client(request: &HttpRequest, principal: &Principal) -> Client {
     let peer = || request.peer_addr().map(|peer| peer.ip().to_canonical());
     Client {
-        address: passage::address(request).or_else(peer),
+        address: middleware::address(request).or_else(peer),
         principal: principal.name().into(),
-        request_id: passage::request_id(request),
+        request_id: middleware::request_id(request),
     }
 }
 
 /// Refuses a stream unless all of it is allowed. Decided from names alone: what is forbidden is not looked up.
-pub fn check_subscribe(principal: &Principal, filters: &[Filter]) -> Result<(), ApiError> {
+pub fn authorize_subscribe(principal: &Principal, filters: &[Filter]) -> Result<(), ApiError> {
     match filters.iter().find(|filter| !principal.may_subscribe(filter)) {
         None => Ok(()),
         Some(filter) => Err(forbidden(principal, format!("reading {filter}"))),
@@ -136,14 +130,14 @@ pub fn check_subscribe(principal: &Principal, filters: &[Filter]) -> Result<(), 
 }
 
 /// Refuses to publish for a page that may not.
-pub fn check_page(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
+pub fn authorize_page(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
     let headers = request.headers();
     let is_https = request.peer_addr().is_some_and(|peer| app.proxies.say_https(peer.ip(), headers));
-    app.cors.borrow().check_publish(headers, is_https)
+    app.cors.borrow().authorize_publish(headers, is_https)
 }
 
 /// Refuses an event on a subject that is not allowed, or that comes when its sender's token has expired.
-pub fn check_publish(principal: &Principal, subject: &Subject) -> Result<(), ApiError> {
+pub fn authorize_publish(principal: &Principal, subject: &Subject) -> Result<(), ApiError> {
     if principal.has_expired() {
         return Err(ApiError::new(Code::InvalidToken, "the token has expired"));
     }

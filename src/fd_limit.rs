@@ -24,7 +24,7 @@ pub struct TooFew {
 }
 
 /// Raises this process's soft limit to what the limits of `config` need, or lowers them to what its hard limit allows.
-pub fn provide(config: &mut Config) -> Option<TooFew> {
+pub fn raise(config: &mut Config) -> Option<TooFew> {
     let needed = needed_for(config);
     // Where it can't be asked, it can't be helped either.
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
