@@ -67,7 +67,7 @@ struct Shared {
     workers: Vec<mpsc::UnboundedSender<Stream>>,
     next_worker: AtomicUsize,
     tasks: Tasks,
-    /// Counts streams, and rights to one, for whoever waits for their end.
+    /// Counts streams and permits, so that their end can be awaited.
     tracker: TaskTracker,
 }
 
@@ -143,7 +143,7 @@ impl Deliveries {
         Some(StreamPermit { deliveries: self.clone(), open_count, place })
     }
 
-    /// The streams, for whoever looks at them.
+    /// The streams as `/debug/streams` shows them.
     pub fn registry(&self) -> &Registry {
         &self.0.common.registry
     }

@@ -89,7 +89,7 @@ impl Epoch {
         Epoch { name: ((z ^ (z >> 31)) % Self::COUNT) as u32, era: 0 }
     }
 
-    /// The epoch as a number, for whoever keeps it in an atomic.
+    /// The epoch as a number that fits an atomic.
     pub(crate) fn number(self) -> u32 {
         self.name
     }

@@ -46,7 +46,7 @@ pub struct Gateway {
     pub admin_listen: SocketAddr,
     /// One line for people about the broker.
     pub broker: String,
-    /// One line for people about who is let in, and whether that is everybody.
+    /// One line for people that says which clients are admitted, and whether that is every client.
     pub access: String,
     pub is_open: bool,
     auth: Auth,
@@ -77,7 +77,7 @@ pub enum StartError {
     Server(io::Error),
 }
 
-/// What a gateway that can't start needs, as far as that makes a difference to whoever started it.
+/// What a gateway that can't start needs, as far as exit codes tell it apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// Other settings.
@@ -198,7 +198,7 @@ impl Gateway {
         })
     }
 
-    /// What [`Gateway::start`] would find: one line for people each about who is let in and about the broker. Takes no
+    /// What [`Gateway::start`] would find: one line each for people: which clients are admitted, and the broker. Takes no
     /// address and changes nothing.
     ///
     /// # Errors
@@ -232,7 +232,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// One line for people about who is let in now.
+    /// One line for people that says which clients are admitted now.
     pub fn access(&self) -> String {
         self.auth.describe()
     }
@@ -253,7 +253,7 @@ impl Gateway {
             tokio::join!(self.servers.public.stop(true), self.deliveries.drain());
         };
         if tokio::time::timeout(self.config.drain.limit, orderly).await.is_err() {
-            tracing::warn!("not everything ended in time; the rest is cut");
+            tracing::warn!("shutdown timed out; aborting the remaining connections");
             self.servers.public.stop(false).await;
         }
         self.servers.admin.stop(false).await;

@@ -2,7 +2,7 @@
 //!
 //! A tide gate lets water through one way. Events come in over HTTP or straight into NATS, are kept in a JetStream
 //! stream (or, with one command and nothing to install, in this process's memory), and leave as `text/event-stream` to
-//! whoever asks. Nodes keep nothing that matters: a client resumes on any of them with its `Last-Event-ID`.
+//! every client that asks. Nodes keep no state that matters: a client resumes on any node with its `Last-Event-ID`.
 //!
 //! # The way of an event
 //!
@@ -16,7 +16,7 @@
 //! |---|---|---|
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
 //! | [`http`] | the URL space, requests and problems; hands sockets over | auth, limits, delivery, hub, broker, sse |
-//! | [`auth`] | who somebody is, and what they may do | subject |
+//! | [`auth`] | authentication and authorization | subject |
 //! | [`delivery`] | the streams: writes what their cursors yield to their sockets | limits, hub, sse |
 //! | [`limits`] | how much one address or principal may ask for | |
 //! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
@@ -52,7 +52,7 @@
 //!
 //! # Walkthrough: a publish
 //!
-//! `POST /events/demo` arrives at `http::publish`. `http::who` finds the token, [`auth::Auth::authenticate`] makes a
+//! `POST /events/demo` arrives at `http::publish`. `http::authenticate` finds the token, [`auth::Auth::authenticate`] makes a
 //! [`auth::Principal`] of it, and everything else is parsed and held against that before the body is read: from there on
 //! a [`subject::Subject`] is one, and allowed. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
 //! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that

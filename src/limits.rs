@@ -4,10 +4,9 @@
 //! HTTP server); here is only what keeps one of its clients from taking all of it.
 //!
 //! # A flood of addresses
-//! A rate needs memory for everyone who has lately used some of it. Those who used so little that it is theirs again are
-//! forgotten, and there are never more than `limits.tracked`: when so many are known, whoever is not known shares one
-//! rate with all others that are not. So a flood from ever new addresses gets what one address gets, and those that were
-//! there before it keep what is theirs.
+//! Each key (address or principal) needs a bucket. Buckets that have refilled are
+//! evicted; at most `limits.tracked` exist, and all keys beyond that share
+//! one bucket. So a flood from ever new addresses gets what one address gets, and known addresses keep their buckets.
 
 mod rate;
 
@@ -55,7 +54,7 @@ struct Rules {
     principal_batches: usize,
 }
 
-/// Whom a request is counted for. One without an address, as from a trusted proxy's own machine, and without a principal
+/// The address and principal that a request counts for. A request without an address, as from a trusted proxy's own machine, and without a principal
 /// is not counted at all.
 #[derive(Clone, Debug)]
 pub struct Caller {
@@ -82,7 +81,7 @@ enum Key {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryAfter(pub Duration);
 
-/// Whose open streams, or the filters of them, are as many as they may be.
+/// The limit of open streams, or of their filters, that was reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exhausted {
     OfAddress,
@@ -99,7 +98,7 @@ pub enum TooManyBatches {
     OfPrincipal,
 }
 
-/// Room for one stream, or one connection, of somebody who may have only so many. Given back when it is dropped.
+/// A permit for one stream, connection or batch of an address and a principal. Returned when it is dropped.
 ///
 /// One pointer, because every open stream keeps one; `None` where nothing is counted.
 pub struct ClientPermit(Option<Box<Taken>>);
@@ -110,9 +109,9 @@ struct Taken {
     keys: [Option<Key>; 2],
 }
 
-/// Of whom there is too much.
+/// The side whose limit was reached.
 #[derive(Clone, Copy)]
-enum Whose {
+enum Side {
     Address,
     Principal,
 }
@@ -145,7 +144,7 @@ impl Limits {
         self.0.rules.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Counts a request for a stream, whoever sends it and whatever becomes of it.
+    /// Counts a request for a stream, whatever becomes of it.
     ///
     /// # Errors
     /// When the address has made too many of late.
@@ -199,10 +198,10 @@ impl Limits {
         let address = [rules.address_streams, rules.address_filters];
         let principal = [rules.principal_streams, rules.principal_filters];
         self.open(What::Stream { filters }, caller, &address, &principal).map_err(|limit| match limit {
-            (Whose::Address, 0) => Exhausted::OfAddress,
-            (Whose::Address, _) => Exhausted::FiltersOfAddress,
-            (Whose::Principal, 0) => Exhausted::OfPrincipal,
-            (Whose::Principal, _) => Exhausted::FiltersOfPrincipal,
+            (Side::Address, 0) => Exhausted::OfAddress,
+            (Side::Address, _) => Exhausted::FiltersOfAddress,
+            (Side::Principal, 0) => Exhausted::OfPrincipal,
+            (Side::Principal, _) => Exhausted::FiltersOfPrincipal,
         })
     }
 
@@ -213,26 +212,26 @@ impl Limits {
     pub fn open_batch(&self, caller: &Caller) -> Result<[ClientPermit; 2], TooManyBatches> {
         let rules = self.rules();
         let own = self.open(What::Batch, caller, &[rules.address_batches], &[rules.principal_batches]);
-        let own = own.map_err(|(whose, _)| match whose {
-            Whose::Address => TooManyBatches::OfAddress,
-            Whose::Principal => TooManyBatches::OfPrincipal,
+        let own = own.map_err(|(side, _)| match side {
+            Side::Address => TooManyBatches::OfAddress,
+            Side::Principal => TooManyBatches::OfPrincipal,
         })?;
         let mut of_node = ClientPermit::of(self, What::Batch);
         of_node.take(Some(Key::Node), &[rules.batches]).map_err(|_| TooManyBatches::OfNode)?;
         Ok([own, of_node])
     }
 
-    /// Takes a place of a caller's; an error says which of these limits is in the way, and whose it is.
+    /// Takes a permit for a caller; an error says which of these limits was reached, and on which side.
     fn open(
         &self,
         what: What,
         caller: &Caller,
         address: &[usize],
         principal: &[usize],
-    ) -> Result<ClientPermit, (Whose, usize)> {
+    ) -> Result<ClientPermit, (Side, usize)> {
         let mut place = ClientPermit::of(self, what);
-        place.take(caller.network.map(Key::Network), address).map_err(|number| (Whose::Address, number))?;
-        place.take(caller.principal.map(Key::Principal), principal).map_err(|number| (Whose::Principal, number))?;
+        place.take(caller.network.map(Key::Network), address).map_err(|number| (Side::Address, number))?;
+        place.take(caller.principal.map(Key::Principal), principal).map_err(|number| (Side::Principal, number))?;
         Ok(place.unless_empty())
     }
 
@@ -290,7 +289,7 @@ impl Caller {
         Caller { network: address.map(Network::of), principal: name.map(digest) }
     }
 
-    /// Whom publishes are counted for: the principal wherever it comes from, or else the address.
+    /// The key that publishes count for: the principal, or else the address.
     fn key(&self) -> Option<Key> {
         self.principal.map(Key::Principal).or(self.network.map(Key::Network))
     }

@@ -1,4 +1,4 @@
-//! What the gateway says while it runs: lines for people on a terminal, JSON for whoever collects them elsewhere. Never a
+//! Logging: lines for people on a terminal, JSON for log collectors. Never a
 //! token, a key or a payload.
 
 use std::io::{IsTerminal, stderr};

@@ -103,7 +103,7 @@ enum Command {
     },
     /// Prints a token for development, made with auth.jwt.secret
     Token {
-        /// Who bears it
+        /// The token's `sub`
         #[arg(long, value_name = "NAME")]
         sub: Option<String>,
         #[command(flatten)]
@@ -118,7 +118,7 @@ enum Command {
 enum KeyCommand {
     /// Prints a new key, and what to put into the configuration for it
     New {
-        /// Whose it is
+        /// Name of the key
         #[arg(long, default_value = "backend")]
         name: String,
         #[command(flatten)]
@@ -170,7 +170,7 @@ fn make_token(settings: &Settings, grant: &Grant) -> Result<ExitCode, Failure> {
     say(&format!("{}\n", token.map_err(|error| Failure(Exit::Config, error.into()))?))
 }
 
-/// Says something on stdout. Whoever has read enough of it (`| head`) may go away.
+/// Prints to stdout. A reader that has seen enough (`| head`) may close it.
 fn say(text: &str) -> Result<ExitCode, Failure> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -232,7 +232,7 @@ async fn run(config: Config, reloading: Reloading) -> Result<ExitCode, Failure> 
     tokio::select! {
         () = gateway.drain() => Ok(ExitCode::SUCCESS),
         () = signals.next_end() => {
-            tracing::warn!("told a second time: what has not ended is cut");
+            tracing::warn!("second signal: aborting the remaining connections");
             Ok(Exit::Interrupted.into())
         }
     }
@@ -301,8 +301,8 @@ impl Reloading {
     /// Takes over what may change. If anything is wrong, nothing does.
     async fn reload(&self, gateway: &Gateway) {
         match self.try_reload(gateway).await {
-            Ok(()) => tracing::info!(access = gateway.access(), "the settings were read again"),
-            Err(Failure(_, error)) => tracing::error!("the settings stay as they are: {error}"),
+            Ok(()) => tracing::info!(access = gateway.access(), "reloaded the settings"),
+            Err(Failure(_, error)) => tracing::error!("could not reload the settings: {error}"),
         }
     }
 
@@ -317,7 +317,7 @@ impl Reloading {
         let differs = self.began_with.differences(&sources);
         let fixed: Vec<_> = differs.into_iter().filter(|key| !Config::changes_while_it_runs(key)).collect();
         if !fixed.is_empty() {
-            tracing::warn!("these change only with a restart: {}", fixed.join(", "));
+            tracing::warn!("these settings change only with a restart: {}", fixed.join(", "));
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ pub struct Subject(Arc<str>);
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Filter(Arc<str>);
 
-/// Why a text is no subject or no filter. Its display is made for the person who wrote the text.
+/// Why a text is no subject or no filter. Its display is for the author of the text.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubjectError {
     #[error("a subject may not be empty")]
@@ -53,7 +53,7 @@ impl Subject {
         Ok(Subject(text.into()))
     }
 
-    /// Takes over the subject of a stored event. Whoever publishes straight into the broker may use characters that
+    /// Takes over the subject of a stored event. Publishers that use the broker directly may use characters that
     /// [`Subject::parse`] refuses; such events are reached by wildcards.
     pub fn stored(text: &str) -> Subject {
         Subject(text.into())

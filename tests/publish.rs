@@ -250,7 +250,7 @@ fn if_none_match_stores_only_the_first(broker: Backend) {
     let refused = publish("lock.a", "never").json();
     let kept = gateway.stream("/events/lock.a?from=first").next();
 
-    assert_eq!((&refused["title"], &refused["last_id"]), (&json!("The subject has an event already"), &json!(kept.id)));
+    assert_eq!((&refused["title"], &refused["last_id"]), (&json!("Subject not empty"), &json!(kept.id)));
     assert_eq!(statuses, [201, 412, 201, 412]);
     assert_eq!(gateway.stream("/events/lock.*?from=first").data(2), ["1", "2"]);
 }

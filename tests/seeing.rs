@@ -176,7 +176,7 @@ fn an_ended_stream_leaves_one_line_of_json_in_the_log() {
     let rest = stream.rest();
     let log = gateway.log();
     let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap_or_else(|_| panic!("{line}")));
-    let ended: Vec<_> = lines.filter(|line| line["message"] == "a stream has ended").collect();
+    let ended: Vec<_> = lines.filter(|line| line["message"] == "stream ended").collect();
     let [line] = &ended[..] else { panic!("{log}") };
     assert_eq!((&line["level"], &line["reason"]), (&"INFO".into(), &"drained".into()), "{rest:?}");
     assert_eq!(
@@ -213,5 +213,5 @@ fn a_log_for_people_is_text() {
     gateway.wait_for_metric("tidegate_streams_ended_total", 1.0);
     gateway.terminate();
     let log = gateway.log();
-    assert!(log.contains("a stream has ended reason=\"client-closed\"") && log.contains("filter=demo"), "{log}");
+    assert!(log.contains("stream ended reason=\"client-closed\"") && log.contains("filter=demo"), "{log}");
 }

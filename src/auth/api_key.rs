@@ -20,7 +20,7 @@ const HASH_PREFIX: &str = "sha256:";
 
 type Hash = [u8; 32];
 
-/// The keys that are let in.
+/// The configured API keys.
 pub(super) struct ApiKeys(Vec<ApiKey>);
 
 struct ApiKey {
@@ -49,7 +49,7 @@ impl ApiKeys {
         text.starts_with(PREFIX)
     }
 
-    /// Whose key this is. Takes the same time whichever it is, or none.
+    /// The principal of this API key. Takes the same time for every key, known or not.
     pub(super) fn find(&self, text: &str) -> Result<Principal, Refusal> {
         let hash = hash(text);
         let mut found = u32::MAX;

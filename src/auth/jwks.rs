@@ -88,7 +88,7 @@ impl Reader {
                 *known = Known {
                     keys: read.unwrap_or_else(|error| {
                         // Without the URL, which may carry a password.
-                        tracing::warn!(error, "auth.jwt.jwks_url can't be read; keys known before stay in use");
+                        tracing::warn!(error, "could not fetch auth.jwt.jwks_url; using the keys fetched before");
                         known.keys.clone()
                     }),
                     failed,

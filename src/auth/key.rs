@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::StartError;
 use crate::config::Jwt;
 
-/// Shorter secrets can be guessed, offline, by whoever has one token (RFC 7518, section 3.2).
+/// Shorter secrets can be guessed offline by anyone with one token (RFC 7518, section 3.2).
 pub(super) const SECRET_BYTES_MIN: usize = 32;
 /// A shorter RSA modulus (2,048 bits) is not safe any more (RFC 7518, section 3.3).
 const RSA_BYTES_MIN: usize = 256;

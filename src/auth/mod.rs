@@ -1,6 +1,6 @@
-//! Who somebody is, and what they may do. Knows nothing of HTTP: it is handed what a request brought.
+//! Authentication and authorization. Knows nothing of HTTP: callers pass the credential of a request.
 //!
-//! Whoever brings a credential is what that says, or refused; nobody who brings a bad one is taken for somebody without.
+//! A credential either authenticates the request or rejects it; an invalid credential is never treated as anonymous.
 //! What a [`Principal`] may do is decided from filters alone, before anything is looked up: a refusal can't tell
 //! whether what was asked for exists.
 
@@ -32,7 +32,7 @@ use crate::{
     subject::Filter,
 };
 
-/// Everything that says who may do what on this gateway. Clones are replaced together.
+/// The keys, policies and rights in force. Clones are replaced together.
 #[derive(Clone)]
 pub struct Auth(Arc<RwLock<Arc<Shared>>>);
 
@@ -48,7 +48,7 @@ struct Shared {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Openness {
-    /// To whoever is let in.
+    /// The clients that are admitted.
     Closed,
     /// To everybody on this machine.
     Local,
@@ -56,7 +56,7 @@ enum Openness {
     Open,
 }
 
-/// Everything that said who may do what at one moment, the keys behind a URL among it. Equal as long as nothing of it was
+/// The keys, policies and rights in force at one moment, fetched keys included. Equal as long as nothing of it was
 /// replaced.
 #[derive(Clone)]
 pub struct Version {
@@ -79,12 +79,12 @@ impl PartialEq for Version {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(
-        "nothing says who is let in (auth), so only this machine may be; but listen is {0}. Set auth (see \"Letting \
-         people in\" in the README), or auth.mode = \"open\" if everybody who reaches it may do everything"
+        "authentication (auth) is not configured, so only local clients are admitted; but listen is {0}. Set auth (see \"Letting \
+         people in\" in the README), or auth.mode = \"open\" to give every client all rights"
     )]
     OpenToAll(SocketAddr),
     #[error(
-        "nothing says any more who is let in (auth), and a gateway that asks for tokens or keys does not open by that: \
+        "authentication (auth) is not configured any more, and a reload does not open a gateway that required credentials: \
              set auth.mode = \"open\" or \"local\", or start it anew"
     )]
     WouldOpen,
@@ -98,7 +98,7 @@ pub enum StartError {
     Unreadable { key: &'static str, file: PathBuf, source: io::Error },
 }
 
-/// Why somebody is not let in.
+/// Why a credential was rejected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// What they brought is no good; why, in words for them.
@@ -205,12 +205,12 @@ impl Auth {
         self.now().query_token
     }
 
-    /// One line for people about who is let in.
+    /// One line for people that says which clients are admitted.
     pub fn describe(&self) -> String {
         let auth = self.now();
         match auth.openness {
             Openness::Local => "open, to this machine only (\"Letting people in\" in the README is the way on)".into(),
-            Openness::Open => "open to everybody who reaches it (auth.mode = \"open\")".into(),
+            Openness::Open => "open to every client (auth.mode = \"open\")".into(),
             Openness::Closed => {
                 let tokens = if auth.tokens.is_some() { "tokens" } else { "no tokens" };
                 let list = |filters: &[Filter]| match filters {

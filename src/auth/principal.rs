@@ -1,4 +1,4 @@
-//! Somebody who has been let in, and what they may do.
+//! An authenticated sender and its rights.
 
 use std::sync::Arc;
 
@@ -12,13 +12,13 @@ use crate::{
 /// Somebody. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Principal {
-    who: Who,
+    kind: Kind,
     rights: Arc<Rights>,
     expires: Option<Timestamp>,
 }
 
 #[derive(Clone, Debug)]
-enum Who {
+enum Kind {
     Anonymous,
     ApiKey(Arc<str>),
     /// The bearer of a token, by `sub:` and its `sub`, or else `token:` and its hash.
@@ -27,23 +27,23 @@ enum Who {
 
 impl Principal {
     pub(super) fn anonymous(rights: Rights) -> Principal {
-        Principal { who: Who::Anonymous, rights: Arc::new(rights), expires: None }
+        Principal { kind: Kind::Anonymous, rights: Arc::new(rights), expires: None }
     }
 
-    /// Somebody on an open gateway, who may do everything.
+    /// The principal of every request to an open gateway, with all rights.
     pub(super) fn anybody() -> Principal {
         let everything = || vec![Filter::parse(">").expect("a filter")];
         Principal::anonymous(Rights { subscribe: everything(), publish: everything() })
     }
 
     pub(super) fn of_key(name: &Arc<str>, rights: &Arc<Rights>) -> Principal {
-        let (who, rights) = (Who::ApiKey(name.clone()), rights.clone());
-        Principal { who, rights, expires: None }
+        let (kind, rights) = (Kind::ApiKey(name.clone()), rights.clone());
+        Principal { kind, rights, expires: None }
     }
 
     pub(super) fn of_token(name: &str, rights: Rights, expires: Timestamp) -> Principal {
-        let (who, rights) = (Who::Bearer(name.into()), Arc::new(rights));
-        Principal { who, rights, expires: Some(expires) }
+        let (kind, rights) = (Kind::Bearer(name.into()), Arc::new(rights));
+        Principal { kind, rights, expires: Some(expires) }
     }
 
     /// Whether every event that `filter` matches may be read: one of the allowed filters covers all of it.
@@ -60,16 +60,16 @@ impl Principal {
     }
 
     pub fn is_anonymous(&self) -> bool {
-        matches!(self.who, Who::Anonymous)
+        matches!(self.kind, Kind::Anonymous)
     }
 
     /// Tells principals apart: `key:` and the key's name, `sub:` and the token's `sub`, `token:` and the hash of a token
     /// without one, or "" for everybody else. Partly written by others: for limits and logs, not for headers or metrics.
     pub fn name(&self) -> String {
-        match &self.who {
-            Who::Anonymous => String::new(),
-            Who::ApiKey(name) => format!("key:{name}"),
-            Who::Bearer(name) => name.to_string(),
+        match &self.kind {
+            Kind::Anonymous => String::new(),
+            Kind::ApiKey(name) => format!("key:{name}"),
+            Kind::Bearer(name) => name.to_string(),
         }
     }
 

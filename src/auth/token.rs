@@ -82,7 +82,7 @@ impl Tokens {
         self.remote.as_ref().map(|remote| Arc::downgrade(&remote.known().keys))
     }
 
-    /// Who bears this token.
+    /// The principal of this token.
     pub(super) async fn verify(&self, token: &str) -> Result<Principal, Refusal> {
         if token.len() > self.token_bytes {
             return Err(invalid("the token is too long"));

@@ -362,7 +362,7 @@ impl Log {
         self.events.insert(sequence, event);
     }
 
-    /// Hints everyone who listens.
+    /// Sends a hint to all listeners of the event's subject.
     fn tell(&self, event: &Event, previous: u64, epoch: Epoch) {
         let exact = self.exact.get(&event.subject).into_iter().flatten();
         let wild = self.wild.iter().filter(|(filter, _)| filter.matches(&event.subject)).map(|(_, listener)| listener);

@@ -80,13 +80,13 @@ pub trait Broker: Publish {
     }
 
     /// Counts the occasions on which live hints may have been lost without notice (a reconnect, an election, a stream
-    /// event). Whoever relies on hints reads again when it moves.
+    /// event). Consumers of hints read again when it moves.
     fn resync_signal(&self) -> watch::Receiver<u64>;
 
     /// Whether requests can be expected to succeed now.
     fn health(&self) -> Health;
 
-    /// How the broker is reached, for whoever watches over it.
+    /// The connections to the broker, for metrics and readiness.
     fn link(&self) -> Link {
         Link::default()
     }
@@ -104,7 +104,7 @@ pub struct Publication {
     /// How long the event is kept, in whole seconds, at least one. `None`: as long as the stream keeps anything.
     pub ttl: Option<Duration>,
     /// Publications with the same subject and key, within the broker's window, are stored once; one that has another type
-    /// or payload is refused. Whose key it is, is part of it.
+    /// or payload is refused. The principal is part of the key.
     pub key: Option<String>,
     pub condition: Option<Condition>,
 }
@@ -227,7 +227,7 @@ pub struct SnapshotPage {
 #[derive(Clone, Debug)]
 pub struct LastKnown {
     pub epoch: Epoch,
-    /// In the order in which they were asked for; 0 where whoever was asked keeps nothing (the leader still may).
+    /// In the order in which they were asked for; 0 where the replica that answered keeps nothing (the leader still may).
     pub sequences: Vec<u64>,
     /// The sequence up to which this holds.
     pub as_of: u64,

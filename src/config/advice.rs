@@ -18,7 +18,7 @@ pub fn advice(config: &Config, sources: &Sources) -> Vec<String> {
     let mut advice = vec![];
     if is_sent_in_the_clear(&jwt.jwks_url) {
         let why =
-            "auth.jwt.jwks_url begins with http://: who is in between can put keys there, and make tokens with them";
+            "auth.jwt.jwks_url begins with http://: an attacker on the network can replace the keys and issue tokens";
         advice.push(why.to_owned());
     }
     if !jwt.secret.is_empty() && is_guessable(jwt.secret.expose()) {

@@ -1,4 +1,4 @@
-//! Settings of who is let in. What they mean is up to the room `auth`.
+//! Settings of authentication and authorization. The module `auth` gives them their meaning.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -102,12 +102,12 @@ pub struct Secret(String);
 const LEEWAY_MAX: Duration = Duration::from_secs(600);
 
 impl Auth {
-    /// Whether anything says who is let in.
+    /// Whether authentication is configured.
     pub fn is_configured(&self) -> bool {
         self.jwt.is_configured() || !self.keys.is_empty() || self.anonymous != Rights::default()
     }
 
-    /// Whether nothing is said of who is let in, not even that everybody is.
+    /// Whether neither authentication nor a mode is configured.
     pub(super) fn is_silent(&self) -> bool {
         self.mode == AuthMode::Auto && !self.is_configured()
     }

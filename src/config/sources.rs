@@ -87,13 +87,13 @@ impl Sources {
     /// says of `auth` may be: an empty file must not open what was closed.
     ///
     /// # Errors
-    /// As [`Sources::config`], and when there is a file, and nothing says who is let in.
+    /// As [`Sources::config`], and when there is a file and authentication is not configured.
     pub fn config_to_serve(&self) -> Result<Config, ConfigError> {
         let config = self.config()?;
         match self.file() {
             Some(file) if config.auth.is_silent() => rule(format!(
-                "{} does not say who is let in (auth): set auth.mode = \"local\" to let in everybody on this machine, or \
-                 \"open\" to let in everybody who reaches it",
+                "{} does not configure authentication (auth): set auth.mode = \"local\" to admit every client on this machine, or \
+                 \"open\" to admit every client",
                 file.display()
             )),
             Some(_) | None => Ok(config),
@@ -323,7 +323,7 @@ fn without_keys(entry: &Value) -> Value {
     Value::Dict(*tag, entry.iter().map(hide).collect())
 }
 
-/// A URL without what stands behind `?` or `#`, which may be a key of the one who asks.
+/// A URL without its query and fragment, which may contain a secret.
 fn without_query(url: &str) -> String {
     match url.find(['?', '#']) {
         Some(at) => format!("{}{HIDDEN}", &url[..=at]),

@@ -1,4 +1,4 @@
-//! Which streams are open, and how the last ones ended: for people who ask why a client missed something.
+//! The open streams, and how the last ones ended: for operators that look for a client's missing event.
 //!
 //! Locked when a stream opens or ends, and when somebody looks. What moves with every event is in atomics of the stream's
 //! own record.
@@ -42,7 +42,7 @@ pub struct StreamRecord {
     bytes: AtomicU64,
 }
 
-/// Whose stream it is.
+/// The client of a stream.
 #[derive(Clone)]
 pub struct Client {
     pub address: Option<IpAddr>,
@@ -148,7 +148,7 @@ impl Ended {
             address = record.client.address.map(tracing::field::display),
             principal = &*record.client.principal,
             request_id = record.client.request_id.as_deref(),
-            "a stream has ended"
+            "stream ended"
         );
     }
 }

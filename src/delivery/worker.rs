@@ -47,7 +47,7 @@ struct Kept {
     alarm: Key,
 }
 
-/// Who is told that a stream can go on.
+/// Wakes a stream.
 pub(super) struct Wakers {
     /// By its feeds, and by what it fetches.
     pub feeds: Waker,

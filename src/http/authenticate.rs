@@ -1,4 +1,4 @@
-//! Who sends a request: finds what it brought to say so, and refuses what they may not do.
+//! Authenticates the sender of a request, and authorizes what the request asks for.
 //!
 //! Header, cookie and, where it is switched on, query are looked at in this order. Different ones at once are refused
 //! rather than one of them believed.
@@ -58,7 +58,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Who sends `request` now.
+    /// Authenticates the sender of `request`.
     pub async fn authenticate(app: &App, request: &HttpRequest, query: Query) -> Result<Sender, ApiError> {
         // Looked at before, so that what changes meanwhile is looked at again.
         let as_of = app.auth.version();
@@ -66,12 +66,12 @@ impl Sender {
         Ok(Sender { request: request.clone(), query, as_of, principal })
     }
 
-    /// Who it is by what is in force now. Refused, if its page may not publish any more.
+    /// The principal by the rules in force now. An error if its page may not publish any more.
     pub async fn now(&mut self, app: &App) -> Result<&Principal, ApiError> {
         let now = app.auth.version();
         if now != self.as_of {
             match Box::pin(self.authenticate_again(app)).await {
-                // Nobody knows now; whoever asks next may be told.
+                // The next call may find the keys.
                 Err(error) if error.code == Code::KeysUnavailable => return Err(error),
                 principal => (self.as_of, self.principal) = (now, principal),
             }
@@ -111,7 +111,7 @@ fn credential_of<'a>(app: &App, request: &'a HttpRequest, query: &'a Query) -> R
     Ok(Some(text))
 }
 
-/// Who they are to whoever looks at their stream.
+/// The client as `/debug/streams` and the log show it.
 pub fn client(request: &HttpRequest, principal: &Principal) -> Client {
     let peer = || request.peer_addr().map(|peer| peer.ip().to_canonical());
     Client {
@@ -218,6 +218,6 @@ fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
         return Ok(());
     };
     let mend = "this gateway is open, and therefore only for its own machine: set auth.jwt, auth.keys or auth.anonymous \
-                to say who is let in, or auth.mode = \"open\" if everybody who reaches it may do everything";
+                to configure authentication, or auth.mode = \"open\" to give every client all rights";
     Err(ApiError::new(Code::OpenOnlyLocally, format!("{what}; {mend}")))
 }

@@ -1,7 +1,7 @@
 //! `POST /events`: publishes a batch, one JSON object a line (`application/x-ndjson`), also an endless one.
 //!
 //! Lines are published as they arrive, in their order, a bounded number of them waiting for the broker. Every line gets
-//! its own answer line, in the same order. Memory is bounded by the window and one line; whoever does not read the
+//! its own answer line, in the same order. Memory is bounded by the window and one line; a client that does not read the
 //! answers is not read from either.
 //!
 //! The HTTP server closes a connection on which an answer begins before the body has been read. So the answer waits for

@@ -1,6 +1,6 @@
 //! Where a request comes from, as far as it can be believed: what the proxies in front say of it, if they are trusted.
 //!
-//! Only one header is read, the one that the trusted proxies set. A proxy passes on what it does not set, so whoever
+//! Only one header is read, the one that the trusted proxies set. A proxy passes on what it does not set, so a client that
 //! sends the other one could say anything.
 
 use std::{
@@ -18,7 +18,7 @@ use crate::config::AddressHeader;
 pub struct Proxies {
     trusted: Vec<IpNet>,
     header: AddressHeader,
-    /// Whether the log says already that somebody who is not trusted acts like a proxy.
+    /// Whether a warning was logged that an untrusted peer acts like a proxy.
     warned: Arc<Once>,
 }
 
@@ -41,7 +41,7 @@ impl Proxies {
         let hops = self.hops(headers);
         if !hops.is_empty() && !self.trust(client) {
             self.warned.call_once(|| {
-                tracing::warn!(%peer, "names a client and is not in trusted_proxies: if it is a proxy, all its clients count as one");
+                tracing::warn!(%peer, "ignored the client address header of a peer that is not in trusted_proxies; if the peer is a proxy, all its clients share one address");
             });
         }
         let mut hops = hops.into_iter().rev();
@@ -151,7 +151,7 @@ mod tests {
             ("127.0.0.1", "localhost", "127.0.0.1"),
             ("127.0.0.1", "192.0.2.1 10.1.1.1", "127.0.0.1"),
             ("127.0.0.1", "é, 192.0.2.1", "192.0.2.1"),
-            // Whoever is no proxy may say what they like.
+            // What a peer that is no trusted proxy says is ignored.
             ("192.0.2.9", "1.1.1.1", "192.0.2.9"),
             ("192.0.2.9", "127.0.0.1", "192.0.2.9"),
         ] {

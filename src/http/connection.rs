@@ -67,7 +67,7 @@ pub struct Connection {
     stall: Duration,
     /// Runs since it has taken nothing. Meanwhile it is not read from: actix keeps the answers to all that arrives.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Who wants to read on.
+    /// The waker of the task that reads on.
     reader: Option<Waker>,
     /// Bytes that were read without a pause.
     turn_bytes: usize,

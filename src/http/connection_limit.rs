@@ -28,7 +28,7 @@ pub struct ConnectionLimit {
     refusals: Arc<Semaphore>,
 }
 
-/// What a connection is let in for.
+/// What a connection is accepted for.
 pub enum Entry {
     Served(OwnedSemaphorePermit),
     Refused(OwnedSemaphorePermit),

@@ -1,7 +1,7 @@
 //! Which pages of other origins may read and publish (WHATWG Fetch, section 3.2).
 //!
-//! Own code, because who may differs by what a gateway protects: whoever is let in by being listed may bring credentials,
-//! whoever is let in by being anyone may not, and on a gateway without auth being on this machine is what lets one in. A
+//! Own code, because the rule depends on what a gateway protects: listed origins may send credentials,
+//! origins admitted by "*" may not, and a gateway without authentication admits pages of this machine. A
 //! page that reads (a GET) can be kept from its answer, so browsers enforce that. A page that publishes can't be kept
 //! from sending: see [`Cors::authorize_publish`].
 
@@ -27,7 +27,7 @@ const HEADERS: &str = "Last-Event-ID, Content-Type, Cache-Control, Idempotency-K
 const HEADERS_OF_LISTED: &str =
     "Last-Event-ID, Content-Type, Cache-Control, Idempotency-Key, If-Match, If-None-Match, Authorization";
 
-/// Whom a gateway lets in that are not listed.
+/// The origins that a gateway admits though they are not listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unlisted {
     /// Pages of the loopback addresses: being on this machine is all that an open gateway there asks for.
@@ -101,7 +101,7 @@ impl Cors {
     }
 
     /// Refuses to publish for a page of another origin that is not listed. Browsers let any page send a plain POST, with
-    /// the user's cookies, and only keep its answer from it. So this holds for whoever is known by a cookie, and where
+    /// the user's cookies, and only keep its answer from it. So this holds for clients that are authenticated by a cookie, and where
     /// being on this machine is all that is asked for.
     ///
     /// A request without an `Origin` of which the browser says that another site is behind it (`Sec-Fetch-Site`) is one of
@@ -160,11 +160,11 @@ pub fn is_of_another_site(request: &HeaderMap) -> bool {
 
 fn not_allowed(origin: &HeaderValue) -> ApiError {
     let origin = String::from_utf8_lossy(origin.as_bytes());
-    ApiError::new(Code::OriginNotAllowed, format!("pages of {origin:?} are let in by cors.origins"))
+    ApiError::new(Code::OriginNotAllowed, format!("add {origin:?} to cors.origins to admit its pages"))
 }
 
 /// Whether a page was served under the name and port that the request was sent to, and as safely: behind a proxy with TLS
-/// a page without it may be anybody's who is on the network.
+/// a page without it may come from any machine on the network.
 fn is_own(origin: &HeaderValue, host: Option<&HeaderValue>, is_https: bool) -> bool {
     let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
     match (origin, host.and_then(|host| host.to_str().ok())) {
@@ -210,7 +210,7 @@ mod tests {
         let cors = cors(&[], Unlisted::Anyone);
         assert!(
             cors.authorize_publish(&headers("http"), true).is_err(),
-            "whoever is on the network could have written it"
+            "an attacker on the network could have written it"
         );
         for (scheme, is_https) in [("http", false), ("https", false), ("https", true)] {
             assert!(cors.authorize_publish(&headers(scheme), is_https).is_ok(), "{scheme} {is_https}");

@@ -1,4 +1,4 @@
-//! `GET /debug/streams` and `GET /debug/feeds` of the admin listener: what this node does for whom, page by page. See "My
+//! `GET /debug/streams` and `GET /debug/feeds` of the admin listener: streams and feeds, page by page. See "My
 //! client missed an event" in the README.
 
 use std::net::IpAddr;

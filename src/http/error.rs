@@ -51,53 +51,53 @@ macro_rules! codes {
 }
 
 codes! {
-    InvalidSubject = 400 "invalid_subject" "This is no subject";
-    MissingSubject = 400 "missing_subject" "A subject is missing";
-    TooManyFilters = 400 "too_many_filters" "Too many filters for one connection";
-    UnknownParameter = 400 "unknown_parameter" "There is no such query parameter";
-    InvalidParameter = 400 "invalid_parameter" "A query parameter has an unusable value";
-    InvalidHeader = 400 "invalid_header" "A header has an unusable value";
-    InvalidType = 400 "invalid_type" "This is no event type";
-    InvalidLine = 400 "invalid_line" "This line is no event";
-    MalformedRequest = 400 "malformed_request" "This is no HTTP request";
-    AmbiguousToken = 400 "ambiguous_token" "Different tokens at once";
-    BodyIncomplete = 400 "body_incomplete" "The body ended early";
-    Unauthenticated = 401 "unauthenticated" "This is not for everybody";
-    InvalidToken = 401 "invalid_token" "The token or key is not good";
-    Forbidden = 403 "forbidden" "This is not allowed";
-    OpenOnlyLocally = 403 "open_only_locally" "This gateway is for its own machine only";
-    HostNotAllowed = 403 "host_not_allowed" "This listener is not asked under this name";
-    OriginNotAllowed = 403 "origin_not_allowed" "Pages of this origin may not do this";
-    NotFound = 404 "not_found" "There is nothing here";
-    MethodNotAllowed = 405 "method_not_allowed" "This method is not for this resource";
-    HeadTimeout = 408 "head_timeout" "The request's head took too long";
-    BodyTimeout = 408 "body_timeout" "The body took too long";
-    ConditionFailed = 412 "condition_failed" "The subject's last event is another one";
-    EventTooLarge = 413 "event_too_large" "The event is too large";
-    LineTooLong = 413 "line_too_long" "The line is too long";
-    TargetTooLong = 414 "target_too_long" "The request's target is too long";
-    UnsupportedMediaType = 415 "unsupported_media_type" "The body is of a type or encoding that is not taken here";
-    IdempotencyKeyReused = 422 "idempotency_key_reused" "The idempotency key belongs to another event";
-    TooManyAttempts = 429 "too_many_attempts" "This address asks for streams too often";
-    TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "This address has no room for another stream";
-    TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "You have no room for another stream";
-    TooManyBatchesOfAddress = 429 "too_many_batches_of_address" "This address has no room for another batch";
-    TooManyBatchesOfPrincipal = 429 "too_many_batches_of_principal" "You have no room for another batch";
-    TooManyFiltersOfAddress = 429 "too_many_filters_of_address" "Too many filters of open streams of this address";
-    TooManyFiltersOfPrincipal = 429 "too_many_filters_of_principal" "Too many filters of your open streams";
-    TooManyPublishes = 429 "too_many_publishes" "You publish too many events a second";
-    TooManyBytes = 429 "too_many_bytes" "You publish too many bytes a second";
-    HeadTooLarge = 431 "head_too_large" "The request's head is too large";
-    Internal = 500 "internal" "This should not have happened";
-    BrokerUnavailable = 503 "broker_unavailable" "The broker can't be reached";
-    BrokerRefused = 503 "broker_refused" "The broker refused; nothing was stored";
-    Draining = 503 "draining" "This node is going away";
-    MemoryShort = 503 "memory_short" "This node is short of memory";
-    TooManyStreams = 503 "too_many_streams" "This node has no room for another stream";
-    TooManyBatches = 503 "too_many_batches" "This node has no room for another batch";
+    InvalidSubject = 400 "invalid_subject" "Invalid subject";
+    MissingSubject = 400 "missing_subject" "Missing subject";
+    TooManyFilters = 400 "too_many_filters" "Too many filters";
+    UnknownParameter = 400 "unknown_parameter" "Unknown query parameter";
+    InvalidParameter = 400 "invalid_parameter" "Invalid query parameter";
+    InvalidHeader = 400 "invalid_header" "Invalid header";
+    InvalidType = 400 "invalid_type" "Invalid event type";
+    InvalidLine = 400 "invalid_line" "Invalid line";
+    MalformedRequest = 400 "malformed_request" "Malformed request";
+    AmbiguousToken = 400 "ambiguous_token" "Ambiguous token";
+    BodyIncomplete = 400 "body_incomplete" "Incomplete body";
+    Unauthenticated = 401 "unauthenticated" "Authentication required";
+    InvalidToken = 401 "invalid_token" "Invalid token or API key";
+    Forbidden = 403 "forbidden" "Forbidden";
+    OpenOnlyLocally = 403 "open_only_locally" "Open to local clients only";
+    HostNotAllowed = 403 "host_not_allowed" "Host not allowed";
+    OriginNotAllowed = 403 "origin_not_allowed" "Origin not allowed";
+    NotFound = 404 "not_found" "Not found";
+    MethodNotAllowed = 405 "method_not_allowed" "Method not allowed";
+    HeadTimeout = 408 "head_timeout" "Request head timeout";
+    BodyTimeout = 408 "body_timeout" "Request body timeout";
+    ConditionFailed = 412 "condition_failed" "Condition failed";
+    EventTooLarge = 413 "event_too_large" "Event too large";
+    LineTooLong = 413 "line_too_long" "Line too long";
+    TargetTooLong = 414 "target_too_long" "Request target too long";
+    UnsupportedMediaType = 415 "unsupported_media_type" "Unsupported media type or content encoding";
+    IdempotencyKeyReused = 422 "idempotency_key_reused" "Idempotency key reused";
+    TooManyAttempts = 429 "too_many_attempts" "Too many attempts from this address";
+    TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "Too many streams of this address";
+    TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "Too many streams of this principal";
+    TooManyBatchesOfAddress = 429 "too_many_batches_of_address" "Too many batches of this address";
+    TooManyBatchesOfPrincipal = 429 "too_many_batches_of_principal" "Too many batches of this principal";
+    TooManyFiltersOfAddress = 429 "too_many_filters_of_address" "Too many filters of this address";
+    TooManyFiltersOfPrincipal = 429 "too_many_filters_of_principal" "Too many filters of this principal";
+    TooManyPublishes = 429 "too_many_publishes" "Publish rate exceeded (events)";
+    TooManyBytes = 429 "too_many_bytes" "Publish rate exceeded (bytes)";
+    HeadTooLarge = 431 "head_too_large" "Request head too large";
+    Internal = 500 "internal" "Internal error";
+    BrokerUnavailable = 503 "broker_unavailable" "Broker unavailable";
+    BrokerRefused = 503 "broker_refused" "Refused by the broker";
+    Draining = 503 "draining" "Shutting down";
+    MemoryShort = 503 "memory_short" "Out of memory budget";
+    TooManyStreams = 503 "too_many_streams" "Too many streams";
+    TooManyBatches = 503 "too_many_batches" "Too many batches";
     TooManyConnections = 503 "too_many_connections" "Too many connections";
-    KeysUnavailable = 503 "keys_unavailable" "The keys that verify tokens can't be read now";
-    OutcomeUnknown = 504 "outcome_unknown" "The event may or may not have been stored";
+    KeysUnavailable = 503 "keys_unavailable" "Token keys unavailable";
+    OutcomeUnknown = 504 "outcome_unknown" "Outcome unknown";
 }
 
 /// An error with what its client is told.
@@ -145,11 +145,11 @@ impl ApiError {
         ApiError::new(Code::TargetTooLong, format!("path and query have at most {bytes_max} bytes"))
     }
 
-    /// The refusal of an event whose condition does not hold. The last event is for those who may read the subject.
+    /// The refusal of an event whose condition does not hold. The last event is told to publishers that may read the subject.
     pub fn condition_failed(condition: Condition, last: Option<EventId>) -> ApiError {
         let title = match condition {
             Condition::LastIs(..) => None,
-            Condition::NoneYet => Some("The subject has an event already"),
+            Condition::NoneYet => Some("Subject not empty"),
         };
         let detail = last.map(|last| format!("its last event is {last}")).unwrap_or_default();
         ApiError { title, last_id: last, ..ApiError::new(Code::ConditionFailed, detail) }
@@ -234,7 +234,7 @@ impl From<Refusal> for ApiError {
 
 impl From<BrokerError> for ApiError {
     fn from(error: BrokerError) -> ApiError {
-        tracing::warn!(%error, "the broker could not serve a request");
+        tracing::warn!(%error, "broker request failed");
         ApiError::new(Code::BrokerUnavailable, "")
     }
 }
@@ -277,7 +277,7 @@ impl From<PublishError> for ApiError {
                 "an event with this key was stored on this subject, with another type or payload; this one was not"
                     .into()
             }
-            PublishError::Refused(reason) => reason.clone(),
+            PublishError::Refused(reason) => format!("{reason}; nothing was stored"),
             PublishError::Unavailable => "nothing was stored".into(),
             PublishError::ConditionFailed => String::new(),
         };

@@ -1,4 +1,4 @@
-//! How this node is, for whoever watches over it: metrics, and whether it should get requests. On the admin listener.
+//! Metrics and readiness, on the admin listener.
 
 use std::{
     sync::{Mutex, PoisonError},

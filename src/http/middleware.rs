@@ -91,7 +91,7 @@ pub async fn admin(
     let mut response = match refused.map(ToOwned::to_owned) {
         None => next.call(request).await?,
         Some(host) => {
-            tracing::warn!(host, "a request to the admin listener has a Host that is not in admin.hosts");
+            tracing::warn!(host, "refused a request to the admin listener: its Host is not in admin.hosts");
             let detail = "operators ask by an IP address, localhost, or a name in admin.hosts";
             let refusal = ApiError::new(Code::HostNotAllowed, detail);
             app.count_refusal(&refusal);
@@ -206,7 +206,7 @@ pub fn address(request: &HttpRequest) -> Option<IpAddr> {
     request.extensions().get::<RequestContext>().and_then(|context| context.address)
 }
 
-/// Whom a request is counted for, once it is known who sends it.
+/// The address and principal that a request counts for in rate limits.
 pub fn caller(request: &HttpRequest, principal: &Principal) -> Caller {
     let name = (!principal.is_anonymous()).then(|| principal.name());
     Caller::new(address(request), name.as_deref())

@@ -244,7 +244,7 @@ type Receipt = BoxFuture<'static, Result<Published, ApiError>>;
 /// An event that is stored only if something holds.
 struct Conditional {
     condition: Condition,
-    /// Its subject, if whoever publishes may read that.
+    /// Its subject, if the publisher may read that.
     readable: Option<Subject>,
     broker: SharedBroker,
 }
@@ -285,7 +285,9 @@ impl App {
         match self.broker.publisher().await {
             Ok(Some(own)) => self.publisher = own.into(),
             Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "a worker publishes by way of the others"),
+            Err(error) => {
+                tracing::warn!(%error, "could not open a publish connection for this worker; using the shared one")
+            }
         }
         Ok(self)
     }
@@ -363,14 +365,14 @@ impl App {
         self.metrics.refusals.with_label_values(&[error.code.as_str()]).inc();
     }
 
-    /// Counts a refusal, and leaves a line for whoever has its request id: at `info` where it is not the client's to mend.
+    /// Counts a refusal and logs it with its request id: at `info` where the client is not the cause.
     fn note_refusal(&self, request: &HttpRequest, error: &ApiError) {
         self.count_refusal(error);
         let (code, request_id) = (error.code.as_str(), middleware::request_id(request));
         let request_id = request_id.as_deref();
         match error.code.status().is_server_error() {
-            true => tracing::info!(code, request_id, "a request is refused"),
-            false => tracing::debug!(code, request_id, "a request is refused"),
+            true => tracing::info!(code, request_id, "request refused"),
+            false => tracing::debug!(code, request_id, "request refused"),
         }
     }
 

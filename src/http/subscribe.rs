@@ -156,7 +156,7 @@ async fn open(
         let (client, expires) = (authenticate::client(request, principal), principal.expires());
         BoxBody::new(Handoff::new(socket_share, move |socket| {
             if let Err(error) = permit.deliver((socket, framing), opening, cursor, client, expires) {
-                tracing::warn!(%error, "a stream's socket could not be taken over");
+                tracing::warn!(%error, "could not take over the socket of a stream");
             }
         }))
     };

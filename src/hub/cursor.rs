@@ -54,7 +54,7 @@ pub struct Cursor {
     turn: usize,
     standing: Standing,
     fetching: Option<BoxFuture<'static, Fetched>>,
-    /// Who is woken when one of the feeds moves.
+    /// The waker that the feeds wake when they move.
     listener: Option<Waker>,
 }
 
@@ -506,7 +506,7 @@ impl Cursor {
                     // Nobody could say what follows, for the moment: asked again at once, nobody could either.
                     Ok(page) if page.epoch == epoch && page.proven.max(page.first - 1) <= after => {}
                     Ok(page) => return Fetched::Page(number, page),
-                    Err(error) => tracing::debug!(%filter, %error, "reading history failed"),
+                    Err(error) => tracing::debug!(%filter, %error, "could not read history, retrying"),
                 }
                 backoff.wait().await;
             }
@@ -524,7 +524,7 @@ impl Cursor {
             loop {
                 match hub.read_snapshot(read.clone()).await {
                     Ok((page, held)) => return Fetched::SnapshotPage(page, held),
-                    Err(error) => tracing::debug!(%error, "reading a snapshot failed"),
+                    Err(error) => tracing::debug!(%error, "could not read a snapshot, retrying"),
                 }
                 backoff.wait().await;
             }
@@ -543,7 +543,7 @@ impl Cursor {
             loop {
                 match resume::after(&hub, &filters, (position.clone(), origin), StartAt::Now).await {
                     Ok(found) => return Fetched::Moved(found),
-                    Err(error) => tracing::debug!(%error, "resuming failed"),
+                    Err(error) => tracing::debug!(%error, "could not resume, retrying"),
                 }
                 backoff.wait().await;
             }

@@ -1,4 +1,4 @@
-//! The recent events of one filter, shared by everyone on this node who reads it.
+//! The recent events of one filter, shared by all clients on this node that read it.
 //!
 //! # Proven
 //! A feed keeps U, the sequence up to which it is proven complete. Live hints prove nothing by themselves: on NATS,
@@ -70,7 +70,7 @@ pub(super) struct Feed {
     /// Ends with the feed.
     ear: OnceLock<Ending>,
     state: Mutex<State>,
-    /// Who is woken when readers have something to look at, in the order of their addresses.
+    /// The wakers of readers, in the order of their addresses.
     listeners: Mutex<Vec<Waker>>,
 }
 
@@ -104,7 +104,7 @@ pub(super) enum Take {
     Closed,
 }
 
-/// A feed, as whoever looks for it sees it.
+/// A feed as `/debug/feeds` shows it.
 pub struct Seen {
     pub filter: Filter,
     pub readers: usize,
@@ -171,7 +171,7 @@ impl Reader {
         Ok(epoch)
     }
 
-    /// Closes the feed, whose stream is found to be another one: whoever asks next gets a new one.
+    /// Closes the feed because its stream is another one by now: the next reader gets a new feed.
     pub(super) fn retire(&self) {
         self.feed.close();
         self.hub.forget(&self.feed, |_| false);
@@ -273,7 +273,7 @@ impl Feed {
         self.state().closed
     }
 
-    /// Ends it: its readers are to resume with another one, and whoever reads for it stops.
+    /// Closes the feed: its readers resume with another feed, and its tasks stop reading.
     pub(super) fn close(&self) {
         self.state().closed = true;
         self.wake_readers();
@@ -477,7 +477,9 @@ impl Feed {
                         return;
                     }
                 }
-                Err(error) => tracing::debug!(filter = %self.filter, %error, "reading from the proven position failed"),
+                Err(error) => {
+                    tracing::debug!(filter = %self.filter, %error, "could not read from the proven position, retrying")
+                }
             }
             backoff.wait().await;
         }

@@ -1,4 +1,4 @@
-//! A feed's recent events, encoded for everyone who reads them, and the sequence up to which they are complete.
+//! A feed's recent events, encoded once for all their readers, and the sequence up to which they are complete.
 //!
 //! Invariant: the log holds every event of its filter in `(base, proven]`, and nothing past `proven`.
 

@@ -1,8 +1,8 @@
-//! Who reads what: keeps a feed for every filter that someone reads, and gives each client a cursor into it.
+//! Keeps a feed for every filter with readers, and gives each client a cursor into it.
 //!
 //! ```text
 //! broker hints --> Feed (proves, remembers) --> Cursor (one client's place) --> delivery
-//! broker history <---- repair ----'     <- Pages <- catch-up'   (read once for all who come to the same place)
+//! broker history <---- repair ----'     <- Pages <- catch-up'   (read once for all clients at the same position)
 //! ```
 
 #[cfg(test)]
@@ -319,7 +319,7 @@ impl Hub {
             self.0.pages.tidy();
             let mut backoff = Backoff::default();
             while let Err(error) = self.audit().await {
-                tracing::debug!(%error, "audit put off");
+                tracing::debug!(%error, "audit failed, will retry");
                 backoff.wait().await;
             }
         }
@@ -338,7 +338,7 @@ impl Hub {
         }
         for chunk in exact.chunks(AUDIT_SUBJECTS_MAX) {
             let subjects: Vec<_> = chunk.iter().map(|(subject, _)| subject.clone()).collect();
-            // Whoever answers next may lag behind the stream's leader, and may not say less than it did now.
+            // The replica that answers next may lag behind the leader, but must not lag behind this answer of the leader.
             let Bounds { epoch, last, .. } = self.0.broker.bounds().await?;
             let mut backoff = Backoff::default();
             loop {

@@ -33,10 +33,10 @@ struct Recent {
     flight: Flight,
 }
 
-/// Whoever comes first reads; the others wait for that. If it fails or is dropped, the next one reads.
+/// The first client reads; the others wait for its page. If the read fails or is dropped, the next client reads.
 pub(super) type Flight = Arc<OnceCell<Arc<SharedPage>>>;
 
-/// A page for all who want it.
+/// A page that clients share.
 pub(super) struct SharedPage {
     pub epoch: Epoch,
     pub first: u64,

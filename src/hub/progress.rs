@@ -1,4 +1,4 @@
-//! Where a client stands, for whoever looks at its stream from outside: written beside its cursor, with no lock.
+//! A client's progress, for `/debug/streams` and the log: written beside its cursor, without a lock.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -12,7 +12,7 @@ use crate::{
 
 /// Where a client stood when something was last written to it.
 ///
-/// Its parts are written one by one: who looks in the moment in which a stream turns out to have been made again may see
+/// Its parts are written one by one: a reader in the moment in which a stream turns out to be recreated may see
 /// places of the one with the epoch of the other.
 pub struct Progress {
     epoch: AtomicU32,

@@ -418,7 +418,7 @@ async fn an_unknown_id_before_a_snapshot_does_not_stand_behind_it() {
     let id = broker.publish("a").await;
     let start = Start { last_event_id: Some("none of ours".into()), at: StartAt::Snapshot };
     let (opening, _) = subscribe(&hub, "a", start).await;
-    // Whoever is cut off here has seen nothing of the snapshot.
+    // A client that is cut off here has seen nothing of the snapshot.
     assert!(text(&opening).ends_with(&format!("\nid: {}-0\n\n", id.epoch)), "{opening:?}");
     let (_, mut cursor) = subscribe(&hub, "a", after(EventId { sequence: 0, ..id })).await;
     assert_eq!(take(&mut cursor, 1).await, [1]);

@@ -38,7 +38,7 @@ struct Table {
 #[derive(Default)]
 struct Times {
     known: HashMap<Key, Nanos>,
-    /// Of all for whom there was no room, together.
+    /// The bucket that all keys share which are not tracked.
     others: Option<Nanos>,
 }
 
@@ -182,9 +182,9 @@ mod tests {
         assert_eq!(rate.check(&address(0), 50), Ok(()));
         let passed = (1..1_000_000).filter(|number| rate.check(&address(*number), 100).is_ok()).count();
         assert!(rate.table.lock().known.capacity() < 4_000);
-        // Those who found room, and all others what one address has.
+        // The tracked addresses have buckets of their own; all others share one.
         assert!((999..1_200).contains(&passed), "{passed}");
-        assert_eq!(rate.check(&address(0), 40), Ok(()), "whoever was known keeps what is theirs");
+        assert_eq!(rate.check(&address(0), 40), Ok(()), "a tracked address keeps its bucket");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! [`Client`] is a handle that any number of tasks share. [`Connection`] is driven by one: [`Connection::next`] reads,
 //! writes, asks whether the server is still there and connects again, and returns everything that happens in the order
-//! in which it happened. There is no task behind them, so whoever drives a connection sees what becomes of it.
+//! in which it happened. There is no task behind them: the task that drives a connection sees its events and its end.
 
 use std::{
     sync::{
@@ -133,7 +133,7 @@ impl Client {
         self.0.subscriptions.is_standing_granted(sid)
     }
 
-    /// How long ago the connection was last driven: much longer than [`PING`] means that whoever drives it hangs.
+    /// How long ago the connection was last driven: much longer than [`PING`] means that the driving task hangs.
     pub fn idle(&self) -> Duration {
         self.0.began.elapsed().saturating_sub(Duration::from_millis(self.0.driven.load(Ordering::Relaxed)))
     }

@@ -27,7 +27,7 @@ use super::{
     server_pool::ServerAddress,
 };
 
-/// How to connect, and as whom.
+/// Server, TLS, credentials and name of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
     pub servers: Vec<ServerAddress>,
@@ -66,7 +66,7 @@ impl From<CodecError> for ConnectionError {
     }
 }
 
-/// A connection that a server has let in.
+/// A connection that a server has accepted.
 pub(super) struct Established {
     pub server: ServerAddress,
     pub info: Box<ServerInfo>,

@@ -15,7 +15,7 @@ use super::{client::Client, codec::Message};
 /// The number of the standing subscription that replies come to.
 const SID: u64 = 0;
 
-/// Sends requests, and gets what came handed by whoever drives the connection. Cheap to clone.
+/// Sends requests, and gets replies from the task that drives the connection. Cheap to clone.
 #[derive(Clone)]
 pub struct Requests(Arc<Shared>);
 

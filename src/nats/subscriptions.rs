@@ -2,7 +2,7 @@
 //!
 //! SUB, UNSUB and PUB commands are queued here. The connection writes them, and replays all subscriptions after a
 //! reconnect. A ping behind a command proves, when its pong comes, that the server has handled the command: there is one
-//! ping at a time, for everyone who waits by then.
+//! ping at a time, for all that wait by then.
 //!
 //! A server may refuse a subscription, or drop one when permissions change, and says so by one `-ERR`. A refused
 //! subscription is asked for again until it is granted: first one alone, so that a server is not told ten thousand times

@@ -6,7 +6,7 @@ use std::{future::Future, panic::AssertUnwindSafe};
 use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot};
 
-/// Callers that may wait for a round at the same time; the others wait to be let in.
+/// Callers that may wait for one batch; further callers wait for the next one.
 const WAITING_MAX: usize = 1024;
 
 pub(super) struct Coalesced<T>(mpsc::Sender<oneshot::Sender<T>>);
@@ -25,7 +25,7 @@ impl<T: Clone + Send + 'static> Coalesced<T> {
                 while let Ok(next) = arriving.try_recv() {
                     batch.push(next);
                 }
-                // A round that panics is counted like every panic; those who waited for it are turned away.
+                // A batch that panics is counted like every panic; its waiting callers get an error.
                 let Ok(answer) = AssertUnwindSafe(ask()).catch_unwind().await else { continue };
                 for waiting in batch {
                     // A caller that has gone needs no answer.

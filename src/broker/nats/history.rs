@@ -105,7 +105,7 @@ impl History {
             End::Whole { pending: 0, .. } | End::Nothing => usize::from(read.until == 0 || proven < read.until),
             End::TooMuch => return Err(BrokerError::Protocol("a page is too large for the server".into())),
             End::Broken if page.events.is_empty() => {
-                tracing::warn!(after = proven, "a replica did not answer; the leader is asked for single messages");
+                tracing::warn!(after = proven, "a replica did not answer; reading single messages from the leader");
                 ONE_BY_ONE
             }
             End::Broken => {
@@ -202,7 +202,7 @@ impl History {
             if is_first_there && others.all(|sequence| shown.binary_search(&sequence).is_ok()) {
                 return Ok(true);
             }
-            // A mirror that has nothing of it does not say who it is.
+            // A mirror that keeps nothing of it does not name itself.
             if !again.is_empty() {
                 let why = format!("what follows {first} changed while it was read");
                 return Err(BrokerError::Unavailable(why));

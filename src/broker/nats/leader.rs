@@ -41,8 +41,8 @@ pub(super) const MIRROR_MEND: &str =
     "reads take longer; switch its mirror_direct off (nats stream edit), or mirror from another account";
 /// How long a follower waits for word from its leader, at least, before it has another one elected (server/raft.go).
 const ELECTION: Duration = Duration::from_secs(4);
-/// A leader from whom its followers have heard within this is not about to be deposed; and a follower that has answered
-/// within this knows whose follower it is. (A leader that stood still, or was cut off, does not notice at once that it
+/// A leader that has contacted its followers within this time is not about to be deposed; and a follower that has answered
+/// within this time knows its leader. (A leader that stood still, or was cut off, does not notice at once that it
 /// has been deposed, and answers as if it had not been.)
 const FRESH: Duration = Duration::from_secs(2);
 /// After how long a leader is asked again that may have been deposed: it soon knows.
@@ -103,7 +103,7 @@ pub(super) struct Sent {
     known: Identity,
 }
 
-/// What the last answer said, kept by whoever asks next.
+/// The last answer of the leader.
 pub(super) struct LeaderState {
     present: Mutex<Identity>,
     /// Since when the leader has known of less than is proven.
@@ -117,7 +117,7 @@ pub(super) struct LeaderState {
     is_told: AtomicBool,
     /// How often the stream was said to have changed, or may have been said to.
     changes: AtomicU64,
-    /// How often it had been when the question was sent whose answer is `present`.
+    /// The value of `changes` when the STREAM.INFO request behind `present` was sent.
     present_as_of: AtomicU64,
     /// When the last question was sent, if its answer was undisputed.
     undisputed: Mutex<Option<Instant>>,
@@ -168,10 +168,7 @@ impl LeaderState {
     pub fn saw_mirror(&self, name: &str) {
         let mut mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
         if mirror.as_ref().is_none_or(|(known, _)| known != name) {
-            tracing::warn!(
-                mirror = name,
-                "a mirror of the stream answers in its place, and is not believed: {MIRROR_MEND}"
-            );
+            tracing::warn!(mirror = name, "ignored a reply of a mirror of the stream: {MIRROR_MEND}");
         }
         *mirror = Some((name.to_owned(), Instant::now()));
     }
@@ -202,8 +199,10 @@ impl LeaderState {
         let mut mismatch = self.mismatch.lock().unwrap_or_else(PoisonError::into_inner);
         if *mismatch != now {
             match &now {
-                Some(now) => tracing::error!(mismatch = %now, "the stream was changed and does not fit any more"),
-                None => tracing::info!("the stream fits again"),
+                Some(now) => {
+                    tracing::error!(mismatch = %now, "the stream configuration no longer meets the requirements")
+                }
+                None => tracing::info!("the stream configuration meets the requirements again"),
             }
             *mismatch = now;
         }
@@ -243,8 +242,11 @@ impl LeaderState {
         self.present_as_of.store(as_of, Ordering::Release);
         match finding {
             Finding::Same => {}
-            Finding::Recreated => tracing::warn!(epoch = %before.epoch, "the stream was made anew"),
-            Finding::Rewound => tracing::warn!(last = seen.last, "the stream has lost its end, and counts anew"),
+            Finding::Recreated => tracing::warn!(epoch = %before.epoch, "the stream was recreated"),
+            Finding::Rewound => tracing::warn!(
+                last = seen.last,
+                "the stream lost its newest messages; its sequences begin again at an earlier number"
+            ),
         }
         if finding != Finding::Same {
             self.resync();
@@ -315,7 +317,7 @@ impl Leader {
     ///
     /// # Errors
     /// [`RequestError::Deposed`] if there is none where it was looked for, and that may not have been the leader. (What
-    /// somebody who was leader finds is there, and nothing that matches lies before it.)
+    /// a former leader finds is there, and nothing that matches lies before it.)
     pub async fn get(&self, query: Value) -> Result<Option<Stored>, RequestError> {
         let subject = format!("$JS.API.STREAM.MSG.GET.{}", self.0.stream);
         for is_last_try in [false, true] {
@@ -402,12 +404,12 @@ impl Leader {
     }
 }
 
-/// The same as [`Leader::info`], for one who asks alone.
+/// The same as [`Leader::info`], without sharing the request.
 pub(super) async fn info_of(api: &Api, stream: &str) -> Result<Info, RequestError> {
     insist(api.timeout, || ask_for_info(api, stream)).await
 }
 
-/// Asks again while nobody answers who is the leader for certain, for about as long as a request may take.
+/// Asks again until an undisputed leader answers, for about as long as a request may take.
 async fn insist<T, F>(limit: Duration, ask: impl Fn() -> F) -> Result<T, RequestError>
 where
     F: Future<Output = Result<T, RequestError>>,
@@ -462,7 +464,7 @@ async fn ask_for_info(api: &Api, stream: &str) -> Result<Info, RequestError> {
     }
 }
 
-/// What is to be thought of somebody who answers as a stream's leader.
+/// How certain it is that a reply comes from the stream's leader.
 #[derive(Debug, PartialEq)]
 enum Standing {
     Undisputed,

@@ -27,7 +27,7 @@ const MARKER: &str = "Nats-Marker-Reason";
 pub(super) const MESSAGE_ID: &str = "Nats-Msg-Id";
 
 /// A stored message as a server hands it out: republished, or in a batch. The server appends headers of its own to the
-/// publisher's, who may have sent some of the same names. Nothing that a publisher sent is looked for among the server's,
+/// publisher's, which may have some of the same names. Nothing that a publisher sent is looked for among the server's,
 /// nor the other way round.
 pub(super) struct Delivered<'m> {
     publisher: Headers<'m>,

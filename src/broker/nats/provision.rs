@@ -55,7 +55,7 @@ const BY_HAND: &str = "nothing was changed: change it (nats stream edit), or nam
 
 const OTHER_SUBJECTS: &str = "another stream has these subjects: name it in nats.stream.name if it is the one, or use \
                               another nats.stream.prefix";
-/// How long a list of streams is waited for. A user who may not ask for it gets no answer.
+/// How long a list of streams is waited for. A user without the permission gets no answer.
 const NAMES_WITHIN: Duration = Duration::from_secs(1);
 
 /// What is missing before a stream can be used.

@@ -152,7 +152,7 @@ impl Publisher {
                     Box::pin(keyed.duplicate_of(sequence)).await
                 }
                 Verdict::Stored { sequence, duplicate } => {
-                    // Stored, but where? Whoever tries again with the same key gets the right id.
+                    // Stored, but in which incarnation? A retry with the same key gets the right id.
                     let epoch = match duplicate {
                         true => leader.epoch_of_reply(sending).await,
                         false => leader.epoch_of_ack(sending, sequence).await,
@@ -181,7 +181,7 @@ impl Publisher {
     /// The sequence of `id`, if it is of this incarnation of the stream; else no event of ours can be the last.
     async fn sequence_of(&self, id: EventId, witness: Option<Witness>) -> Result<u64, PublishError> {
         if !id.epoch.is_named(self.leader.epoch()) {
-            // Perhaps it is us who have not heard of a new incarnation yet.
+            // This gateway may not know of a new incarnation yet.
             let info = self.leader.info().await.map_err(|_| PublishError::Unavailable)?;
             if !id.epoch.is_named(info.bounds.epoch) {
                 return Err(PublishError::ConditionFailed);

@@ -132,7 +132,7 @@ impl Status {
                  that it needs)"
             );
         } else {
-            tracing::warn!(connection, complaint, "NATS complains of a connection");
+            tracing::warn!(connection, complaint, "NATS reported an error (-ERR)");
         }
     }
 }
@@ -234,7 +234,7 @@ async fn keep_driven(client: Client, status: Arc<Status>, handler: Arc<impl Hand
         driving.abort();
         status.set(Some(why.into()));
         handler.disconnected();
-        tracing::error!(connection = status.connection, why, "a connection to NATS is replaced");
+        tracing::error!(connection = status.connection, why, "replacing a failed NATS connection");
         if began.elapsed() > STEADY {
             backoff = Backoff::default();
         }
@@ -256,7 +256,7 @@ async fn drive(client: Client, status: Arc<Status>, handler: Arc<impl Handler>) 
             }
             nats::Event::Ready => {
                 if status.made() > 0 {
-                    tracing::info!(connection = status.connection, "connected to NATS again");
+                    tracing::info!(connection = status.connection, "reconnected to NATS");
                 }
                 status.up();
                 handler.ready();
@@ -264,7 +264,7 @@ async fn drive(client: Client, status: Arc<Status>, handler: Arc<impl Handler>) 
             }
             nats::Event::Message(message) => handler.message(message),
             nats::Event::Restored => {
-                tracing::info!(connection = status.connection, "NATS grants subscriptions that it had refused");
+                tracing::info!(connection = status.connection, "NATS granted subscriptions that were refused before");
                 handler.permissions();
                 handler.restored();
             }
@@ -276,7 +276,7 @@ async fn drive(client: Client, status: Arc<Status>, handler: Arc<impl Handler>) 
             nats::Event::Disconnected(why) => {
                 status.set(Some(why.to_string()));
                 handler.disconnected();
-                tracing::warn!(connection = status.connection, %why, "a connection to NATS has ended");
+                tracing::warn!(connection = status.connection, %why, "disconnected from NATS");
             }
             nats::Event::Unreachable(why) => {
                 status.set(Some(why.to_string()));
@@ -323,7 +323,7 @@ async fn watch_requests(
         let began = Instant::now();
         if let Some(requests) = api.current() {
             let why = fails(&api, &requests, &mut events, &status).await;
-            tracing::error!(connection = status.connection, why, "a connection to NATS is replaced");
+            tracing::error!(connection = status.connection, why, "replacing a failed NATS connection");
             status.set(Some(why));
             api.replace(None);
         }
@@ -336,7 +336,7 @@ async fn watch_requests(
                 events = more;
                 api.replace(Some(Arc::new(requests)));
                 status.up();
-                tracing::info!(connection = status.connection, "connected to NATS again");
+                tracing::info!(connection = status.connection, "reconnected to NATS");
             }
             Err(why) => {
                 tracing::debug!(connection = status.connection, why, "could not connect to NATS, retrying");
@@ -401,11 +401,11 @@ async fn fails(api: &Api, requests: &Requests, events: &mut mpsc::Receiver<Event
                 }
                 match (was_connected, is_connected) {
                     (true, false) => {
-                        tracing::warn!(connection = status.connection, "a connection to NATS has ended");
+                        tracing::warn!(connection = status.connection, "disconnected from NATS");
                         status.set(Some("not connected".into()));
                     }
                     (false, true) => {
-                        tracing::info!(connection = status.connection, "connected to NATS again");
+                        tracing::info!(connection = status.connection, "reconnected to NATS");
                         status.up();
                     }
                     (true, true) | (false, false) => {}

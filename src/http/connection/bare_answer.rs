@@ -137,7 +137,7 @@ fn problem(app: &App, bare: &[u8], line: &Line) -> Bytes {
     };
     app.count_refusal(&error);
     let id = middleware::new_request_id();
-    tracing::debug!(code = error.code.as_str(), request_id = &*id, "a request that can't be read is refused");
+    tracing::debug!(code = error.code.as_str(), request_id = &*id, "refused a malformed request");
     let problem = Problem { request_id: Some(&id), ..error.problem() };
     let body = serde_json::to_string(&problem).expect("strings and numbers always serialize");
     let (version, status) = (String::from_utf8_lossy(version), error.code.status());

@@ -38,7 +38,7 @@ impl NextHead {
         self.has_begun |= bytes > 0;
     }
 
-    /// Begins to wait, or goes on to, when nothing else is there to do. Whoever polls is woken when time is over.
+    /// Begins to wait, or goes on to, when nothing else is there to do. The polling task is woken when time is over.
     pub(super) fn watch(&mut self, socket_share: &SharedSocket, cx: &mut Context<'_>) {
         if socket_share.unanswered.get() > 0 || socket_share.requests.get() == 0 {
             return;

@@ -131,7 +131,7 @@ impl Client {
         together.into_iter().map(first).min().expect("there is at least the filter itself")
     }
 
-    /// Who was told no id yet, has nothing to come back with.
+    /// A client that was told no id yet resumes without one.
     pub fn leave(&mut self) {
         self.cursor = None;
         if self.position.is_none() {
