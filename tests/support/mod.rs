@@ -5,7 +5,7 @@
 //! it has seen.
 
 // Each test file is a crate of its own and uses a part of this.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 pub mod backend;
 pub mod broker;
