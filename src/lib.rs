@@ -34,9 +34,27 @@
 //! library has, because there are thousands of each and they were measured: a stream is no task of tokio's (`worker` in
 //! [`delivery`]), and what other people published does not come over async-nats ([`nats`] says why).
 //!
+//! # Glossary
+//!
+//! | word | meaning |
+//! |---|---|
+//! | stream | JetStream's: the stored events. Where a client's open response is meant, settings and metrics also say *stream* (`limits.streams`, `tidegate_streams`), as they have from the start; code says [`delivery`] or subscription where both could be meant |
+//! | feed | the recent events of one filter on this node, shared by all its readers |
+//! | cursor | one client's place in its feeds |
+//! | hint | what the broker says live; proves nothing by itself |
+//! | proven | the sequence up to which a feed is known to be complete (a high-water mark) |
+//! | resync | a feed reads again from its proven sequence |
+//! | epoch | which incarnation of the stream a sequence belongs to |
+//! | position | what stands in an `id:` line: everything up to here has been delivered |
+//! | witness | the time of an event in a position, by which a gateway recognizes the stream |
+//! | gap | events that a client should get and that can't be delivered |
+//! | snapshot | the last event of every subject |
+//! | worker | the loop that writes the streams of one processor |
+//! | permit | the right to one more stream, connection or batch, returned when it is dropped |
+//!
 //! # Invariants
 //!
-//! - *Nothing is sent past U.* A feed keeps U, the sequence up to which it is proven complete; live hints prove nothing
+//! - *Nothing is sent beyond what is proven.* A feed knows the sequence up to which it is complete; live hints prove nothing
 //!   by themselves. See [`hub`] and the doc of its `feed`.
 //! - *A place, not a queue.* What a client has not taken is not kept for it: at most one frame that has been begun.
 //! - *Every frame's id says "everything up to here"* and is its last line, so that a connection may die after any byte.
@@ -56,14 +74,14 @@
 //! [`auth::Principal`] of it, and everything else is parsed and held against that before the body is read: from there on
 //! a [`subject::Subject`] is one, and allowed. [`broker::Publish::publish`] hands the event over; the answer waits for the broker's
 //! acknowledgement. The stored event comes back as a hint to every feed whose filter matches. A feed for `demo` sees that
-//! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from U to see what it has
+//! the event before it is one it has, appends it and wakes its readers; a feed for `>` reads from its proven sequence to see what it has
 //! missed. The worker of each reader's stream ([`delivery`]) has its
 //! [`hub::Cursor`] take the frame, and writes it.
 //!
 //! # Walkthrough: a reconnect
 //!
 //! A browser comes back with `Last-Event-ID: 0k3f9x-1042.mgk2x9vc`. `hub::resume` holds it against the feed: the epoch is
-//! the stream's, the event 1042 was stored at that time (`hub::witnesses`), and 1042 is not past U, so that is its place,
+//! the stream's, the event 1042 was stored at that time (`hub::witnesses`), and 1042 is not past what is proven, so that is its place,
 //! and the stream opens with that position. If the feed's log still
 //! has what follows, the cursor takes it from there; else it reads pages of history until it is inside the log. If the
 //! stream has dropped what follows 1042, a page says so by its `first`, and the client is told a `tidegate.gap`.

@@ -33,6 +33,11 @@ macro_rules! metrics {
             pub fn names() -> &'static [&'static str] {
                 &[$($name),*]
             }
+
+            /// Name, type and help of each metric in the table, for the reference.
+            pub fn table() -> &'static [(&'static str, &'static str, &'static str)] {
+                &[$(($name, stringify!($kind), $help)),*]
+            }
         }
     };
     (@make Histogram, $name:literal, $help:literal, [$($bucket:literal),*]) => {
@@ -52,37 +57,37 @@ metrics! {
     streams: IntGauge("tidegate_streams", "Streams that are open now.");
     streams_limit: IntGauge("tidegate_streams_limit", "Streams that may be open: limits.streams.");
     streams_behind: IntGauge("tidegate_streams_behind", "Streams that are served from history now.");
-    streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by how they began.", ["start": "new", "resumed", "gap"]);
-    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by why.", ["reason": "client-closed", "client-gone", "stalled", "memory", "write-failed", "drained", "cut", "aged", "token-expired", "failed"]);
+    streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by `start`: `new`, `resumed` (with a `Last-Event-ID`), `gap` (told at once that history is missing).", ["start": "new", "resumed", "gap"]);
+    streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by `reason`: `client-closed`, `client-gone` (acknowledged nothing for two heartbeats), `stalled` (took nothing for `limits.stall`), `memory` (slow to take a large event while the node was short of memory), `write-failed`, `drained`, `cut` (drained while the client did not read), `aged` (lived for `sse.max_life`), `token-expired`, `failed` (a defect).", ["reason": "client-closed", "client-gone", "stalled", "memory", "write-failed", "drained", "cut", "aged", "token-expired", "failed"]);
     feeds: IntGauge("tidegate_feeds", "Feeds (distinct filters) that are kept now.");
     events_received: IntCounter("tidegate_events_received_total", "Events that came from the broker, counted for each feed.");
     events_delivered: IntCounter("tidegate_events_delivered_total", "Events written to clients, counted for each client.");
     bytes_delivered: IntCounter("tidegate_bytes_delivered_total", "Bytes written to streams.");
     writes: IntCounter("tidegate_writes_total", "Writes to streams; each may carry several events.");
-    delivery_seconds: Histogram("tidegate_delivery_seconds", "From an event's storage to its write to a client, for the newest of each write; history is not counted.", [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]);
-    publishes: IntCounterVec("tidegate_publishes_total", "Events taken in over HTTP, by what became of them.", ["outcome": "stored", "unavailable", "unknown", "condition", "key", "refused"]);
+    delivery_seconds: Histogram("tidegate_delivery_seconds", "Time from the storage of an event to its write to a client, of the newest event of each write, by the clocks of broker and node; history is not counted.", [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]);
+    publishes: IntCounterVec("tidegate_publishes_total", "Events published over HTTP, by `outcome`: `stored`, `unavailable`, `unknown`, `condition`, `key` (a key of another event), `refused`.", ["outcome": "stored", "unavailable", "unknown", "condition", "key", "refused"]);
     publish_bytes: IntCounter("tidegate_publish_bytes_total", "Bytes of payload that were stored over HTTP.");
     publish_seconds: Histogram("tidegate_publish_seconds", "From handing an event to the broker to its acknowledgement.", [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0]);
-    feed_resyncs: IntCounterVec("tidegate_feed_resyncs_total", "Times a feed read again from its proven position, by why.", ["cause": "new", "chain", "overflow", "recreated", "audit"]);
-    gaps: IntCounterVec("tidegate_gaps_total", "Gaps that clients were told of, by why.", ["reason": "expired", "recreated", "rewound", "unknown-id"]);
+    feed_resyncs: IntCounterVec("tidegate_feed_resyncs_total", "Times a feed read again from its proven position, by `cause`: `new` (the first check), `chain` (a hint whose predecessor is missing), `overflow`, `recreated` (a hint of another incarnation of the stream), `audit`.", ["cause": "new", "chain", "overflow", "recreated", "audit"]);
+    gaps: IntCounterVec("tidegate_gaps_total", "Gaps that clients were told of, by `reason`: `expired`, `recreated`, `rewound`, `unknown-id`.", ["reason": "expired", "recreated", "rewound", "unknown-id"]);
     history_reads: IntCounter("tidegate_history_reads_total", "Pages of history read on behalf of clients.");
     history_shared: IntCounter("tidegate_history_shared_total", "Pages of history that had been read for another client.");
     history_events: IntCounter("tidegate_history_events_total", "Events in pages of history read on behalf of clients.");
     history_bytes: IntCounter("tidegate_history_bytes_total", "Bytes of payload in pages of history read on behalf of clients.");
-    memory_bytes: IntGaugeVec("tidegate_memory_bytes", "Memory held on behalf of clients, by what it is used for.", ["part": "logs", "frames", "pages", "hints", "batches"]);
+    memory_bytes: IntGaugeVec("tidegate_memory_bytes", "Memory held for clients, by `part`: `logs` of feeds, `frames` (encoded events), `pages` of history, `hints` (live events that wait to be considered), `batches`.", ["part": "logs", "frames", "pages", "hints", "batches"]);
     memory_limit_bytes: IntGauge("tidegate_memory_limit_bytes", "The budget for that: limits.memory.");
     memory_reclaims: IntCounter("tidegate_memory_reclaims_total", "Times the logs of all feeds were shrunk because the node was short of memory.");
-    refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the code of their problem.", ["code":]);
-    jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times auth.jwt.jwks_url was read, by outcome.", ["outcome": "read", "failed"]);
+    refusals: IntCounterVec("tidegate_refusals_total", "Requests refused, by the error `code`; `unauthenticated`, `invalid_token`, `ambiguous_token`, `forbidden`, `open_only_locally` and `keys_unavailable` are about authentication and authorization.", ["code":]);
+    jwks_reads: IntCounterVec("tidegate_jwks_reads_total", "Times `auth.jwt.jwks_url` was fetched, by `outcome`: `read`, `failed`.", ["outcome": "read", "failed"]);
     connections: IntGauge("tidegate_connections", "HTTP connections that are open now and are not streams.");
     connections_limit: IntGauge("tidegate_connections_limit", "HTTP connections that may be open: limits.connections.");
     connections_refused: IntCounter("tidegate_connections_refused_total", "Connections refused: their address, or the node, had as many as it may have.");
     batches: IntGauge("tidegate_batches", "Batches that are open now.");
-    broker_up: IntGaugeVec("tidegate_broker_up", "1 while this connection to the broker is as it should be.", ["connection": "live", "history", "leader", "publish"]);
+    broker_up: IntGaugeVec("tidegate_broker_up", "1 while this `connection` to the broker works: `live` (hints of stored events), `history` (pages and snapshots), `leader` (requests to the leader of the stream), `publish` (one for each worker thread, all of them).", ["connection": "live", "history", "leader", "publish"]);
     broker_connections: IntCounter("tidegate_broker_connections_total", "Connections to the broker that were made, the first ones included.");
     broker_round_trip_seconds: Gauge("tidegate_broker_round_trip_seconds", "How long the broker took to answer the last question about the stream.");
     panics: IntCounter("tidegate_panics_total", "Panics in this process: each is a defect, and is logged with its place.");
-    runtime_tasks: IntGauge("tidegate_runtime_tasks", "Tasks that are alive: streams, feeds and what serves them.");
+    runtime_tasks: IntGauge("tidegate_runtime_tasks", "Tasks that are alive: feeds, requests and background work.");
     runtime_queue: IntGauge("tidegate_runtime_queue", "Tasks that wait for a thread.");
     runtime_workers: IntGauge("tidegate_runtime_workers", "Threads that run tasks.");
     runtime_busy_seconds: Counter("tidegate_runtime_busy_seconds_total", "How long threads have been running tasks, all of them together.");

@@ -79,8 +79,8 @@ impl PartialEq for Version {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(
-        "authentication (auth) is not configured, so only local clients are admitted; but listen is {0}. Set auth (see \"Letting \
-         people in\" in the README), or auth.mode = \"open\" to give every client all rights"
+        "authentication (auth) is not configured, so only local clients are admitted; but listen is {0}. Set auth \
+         (docs/src/authentication.md), or auth.mode = \"open\" to give every client all rights"
     )]
     OpenToAll(SocketAddr),
     #[error(
@@ -209,7 +209,7 @@ impl Auth {
     pub fn describe(&self) -> String {
         let auth = self.now();
         match auth.openness {
-            Openness::Local => "open, to this machine only (\"Letting people in\" in the README is the way on)".into(),
+            Openness::Local => "open, to this machine only (docs/src/authentication.md is the way on)".into(),
             Openness::Open => "open to every client (auth.mode = \"open\")".into(),
             Openness::Closed => {
                 let tokens = if auth.tokens.is_some() { "tokens" } else { "no tokens" };

@@ -1,5 +1,5 @@
-//! `GET /debug/streams` and `GET /debug/feeds` of the admin listener: streams and feeds, page by page. See "My
-//! client missed an event" in the README.
+//! `GET /debug/streams` and `GET /debug/feeds` of the admin listener: streams and feeds, page by page. See
+//! docs/src/troubleshooting.md.
 
 use std::net::IpAddr;
 

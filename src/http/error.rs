@@ -26,7 +26,7 @@ pub const REFUSAL_HEADER: &str = "Tidegate-Refusal";
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 macro_rules! codes {
-    ($($variant:ident = $status:literal $code:literal $title:literal;)*) => {
+    ($($variant:ident = $status:literal $code:literal $title:literal $explanation:literal;)*) => {
         /// What went wrong, as a closed set: every code that a client can see.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Code { $($variant),* }
@@ -43,61 +43,113 @@ macro_rules! codes {
                 match self { $(Code::$variant => $code),* }
             }
 
-            fn title(self) -> &'static str {
+            pub fn title(self) -> &'static str {
                 match self { $(Code::$variant => $title),* }
+            }
+
+            /// When a client gets this code, in Markdown: for the reference.
+            pub fn explanation(self) -> &'static str {
+                match self { $(Code::$variant => $explanation),* }
             }
         }
     };
 }
 
 codes! {
-    InvalidSubject = 400 "invalid_subject" "Invalid subject";
-    MissingSubject = 400 "missing_subject" "Missing subject";
-    TooManyFilters = 400 "too_many_filters" "Too many filters";
-    UnknownParameter = 400 "unknown_parameter" "Unknown query parameter";
-    InvalidParameter = 400 "invalid_parameter" "Invalid query parameter";
-    InvalidHeader = 400 "invalid_header" "Invalid header";
-    InvalidType = 400 "invalid_type" "Invalid event type";
-    InvalidLine = 400 "invalid_line" "Invalid line";
-    MalformedRequest = 400 "malformed_request" "Malformed request";
-    AmbiguousToken = 400 "ambiguous_token" "Ambiguous token";
-    BodyIncomplete = 400 "body_incomplete" "Incomplete body";
-    Unauthenticated = 401 "unauthenticated" "Authentication required";
-    InvalidToken = 401 "invalid_token" "Invalid token or API key";
-    Forbidden = 403 "forbidden" "Forbidden";
-    OpenOnlyLocally = 403 "open_only_locally" "Open to local clients only";
-    HostNotAllowed = 403 "host_not_allowed" "Host not allowed";
-    OriginNotAllowed = 403 "origin_not_allowed" "Origin not allowed";
-    NotFound = 404 "not_found" "Not found";
-    MethodNotAllowed = 405 "method_not_allowed" "Method not allowed";
-    HeadTimeout = 408 "head_timeout" "Request head timeout";
-    BodyTimeout = 408 "body_timeout" "Request body timeout";
-    ConditionFailed = 412 "condition_failed" "Condition failed";
-    EventTooLarge = 413 "event_too_large" "Event too large";
-    LineTooLong = 413 "line_too_long" "Line too long";
-    TargetTooLong = 414 "target_too_long" "Request target too long";
-    UnsupportedMediaType = 415 "unsupported_media_type" "Unsupported media type or content encoding";
-    IdempotencyKeyReused = 422 "idempotency_key_reused" "Idempotency key reused";
-    TooManyAttempts = 429 "too_many_attempts" "Too many attempts from this address";
-    TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "Too many streams of this address";
-    TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "Too many streams of this principal";
-    TooManyBatchesOfAddress = 429 "too_many_batches_of_address" "Too many batches of this address";
-    TooManyBatchesOfPrincipal = 429 "too_many_batches_of_principal" "Too many batches of this principal";
-    TooManyFiltersOfAddress = 429 "too_many_filters_of_address" "Too many filters of this address";
-    TooManyFiltersOfPrincipal = 429 "too_many_filters_of_principal" "Too many filters of this principal";
-    TooManyPublishes = 429 "too_many_publishes" "Publish rate exceeded (events)";
-    TooManyBytes = 429 "too_many_bytes" "Publish rate exceeded (bytes)";
-    HeadTooLarge = 431 "head_too_large" "Request head too large";
-    Internal = 500 "internal" "Internal error";
-    BrokerUnavailable = 503 "broker_unavailable" "Broker unavailable";
-    BrokerRefused = 503 "broker_refused" "Refused by the broker";
-    Draining = 503 "draining" "Shutting down";
-    MemoryShort = 503 "memory_short" "Out of memory budget";
-    TooManyStreams = 503 "too_many_streams" "Too many streams";
-    TooManyBatches = 503 "too_many_batches" "Too many batches";
-    TooManyConnections = 503 "too_many_connections" "Too many connections";
-    KeysUnavailable = 503 "keys_unavailable" "Token keys unavailable";
-    OutcomeUnknown = 504 "outcome_unknown" "Outcome unknown";
+    InvalidSubject = 400 "invalid_subject" "Invalid subject"
+        "The subject or filter is empty, over-long or malformed; has a `/` in place of a dot (`detail` has it with dots); or has a wildcard where none is allowed.";
+    MissingSubject = 400 "missing_subject" "Missing subject"
+        "`GET /events` without `?subject=`.";
+    TooManyFilters = 400 "too_many_filters" "Too many filters"
+        "More than `limits.filters` on one connection.";
+    UnknownParameter = 400 "unknown_parameter" "Unknown query parameter"
+        "`detail` names the parameter that was probably meant.";
+    InvalidParameter = 400 "invalid_parameter" "Invalid query parameter"
+        "A query parameter has an invalid value.";
+    InvalidHeader = 400 "invalid_header" "Invalid header"
+        "`If-Match`, `If-None-Match` or `Idempotency-Key` has an invalid value, or was sent with a batch, whose lines have fields for them.";
+    InvalidType = 400 "invalid_type" "Invalid event type"
+        "The event type is empty, too long, reserved, or has control characters.";
+    InvalidLine = 400 "invalid_line" "Invalid line"
+        "A line of a batch is not an event; `detail` names the field.";
+    MalformedRequest = 400 "malformed_request" "Malformed request"
+        "The bytes that arrived are not an HTTP request; the connection is closed.";
+    AmbiguousToken = 400 "ambiguous_token" "Ambiguous token"
+        "Different tokens in header, cookie and query, or in several cookies of one name.";
+    BodyIncomplete = 400 "body_incomplete" "Incomplete body"
+        "The connection ended before the body did.";
+    Unauthenticated = 401 "unauthenticated" "Authentication required"
+        "This needs a token or an API key.";
+    InvalidToken = 401 "invalid_token" "Invalid token or API key"
+        "The token or API key is malformed, unknown, expired, or not for this gateway.";
+    Forbidden = 403 "forbidden" "Forbidden"
+        "This token or API key does not have the right.";
+    OpenOnlyLocally = 403 "open_only_locally" "Open to local clients only"
+        "The gateway has no authentication configured and was reached from elsewhere; `detail` says what to do.";
+    HostNotAllowed = 403 "host_not_allowed" "Host not allowed"
+        "The admin listener was asked under a name that is not in `admin.hosts`.";
+    OriginNotAllowed = 403 "origin_not_allowed" "Origin not allowed"
+        "Pages of this origin may not do this; see `cors.origins`.";
+    NotFound = 404 "not_found" "Not found"
+        "There is no resource at this path.";
+    MethodNotAllowed = 405 "method_not_allowed" "Method not allowed"
+        "`Allow` has the methods of this resource.";
+    HeadTimeout = 408 "head_timeout" "Request head timeout"
+        "The head of the request did not arrive within `limits.request_head`.";
+    BodyTimeout = 408 "body_timeout" "Request body timeout"
+        "Nothing of the body arrived for `limits.body_pause`, or not all of it within `limits.body`.";
+    ConditionFailed = 412 "condition_failed" "Condition failed"
+        "The subject's last event is another one, or, for `If-None-Match`, there is one. `last_id` names the last event if the sender may read the subject.";
+    EventTooLarge = 413 "event_too_large" "Event too large"
+        "The payload has more than `limits.event_bytes`.";
+    LineTooLong = 413 "line_too_long" "Line too long"
+        "A line of a batch has more than `limits.line_bytes`.";
+    TargetTooLong = 414 "target_too_long" "Request target too long"
+        "Path and query are longer than `limits.target_bytes`.";
+    UnsupportedMediaType = 415 "unsupported_media_type" "Unsupported media type or content encoding"
+        "A batch that is not NDJSON, or a compressed or multipart body.";
+    IdempotencyKeyReused = 422 "idempotency_key_reused" "Idempotency key reused"
+        "This key was sent with another type or body before; nothing was stored.";
+    TooManyAttempts = 429 "too_many_attempts" "Too many attempts from this address"
+        "The address has asked for streams, or sent invalid tokens, more often than `limits.address_attempts`.";
+    TooManyStreamsOfAddress = 429 "too_many_streams_of_address" "Too many streams of this address"
+        "The address has `limits.address_streams` open.";
+    TooManyStreamsOfPrincipal = 429 "too_many_streams_of_principal" "Too many streams of this principal"
+        "The principal has `limits.principal_streams` open.";
+    TooManyBatchesOfAddress = 429 "too_many_batches_of_address" "Too many batches of this address"
+        "The address has `limits.address_batches` open.";
+    TooManyBatchesOfPrincipal = 429 "too_many_batches_of_principal" "Too many batches of this principal"
+        "The principal has `limits.principal_batches` open.";
+    TooManyFiltersOfAddress = 429 "too_many_filters_of_address" "Too many filters of this address"
+        "The open streams of the address have `limits.address_filters`.";
+    TooManyFiltersOfPrincipal = 429 "too_many_filters_of_principal" "Too many filters of this principal"
+        "The open streams of the principal have `limits.principal_filters`.";
+    TooManyPublishes = 429 "too_many_publishes" "Publish rate exceeded (events)"
+        "More events than `limits.publishes`.";
+    TooManyBytes = 429 "too_many_bytes" "Publish rate exceeded (bytes)"
+        "More bytes of events than `limits.publish_bytes`.";
+    HeadTooLarge = 431 "head_too_large" "Request head too large"
+        "Target and headers are larger than `limits.head_bytes`, or there are more than 96 headers.";
+    Internal = 500 "internal" "Internal error"
+        "A defect of the gateway; the log has it under the request id.";
+    BrokerUnavailable = 503 "broker_unavailable" "Broker unavailable"
+        "The broker can't be reached. Of a publish, nothing was stored.";
+    BrokerRefused = 503 "broker_refused" "Refused by the broker"
+        "The broker refused the event; `detail` has its reason. Nothing was stored.";
+    Draining = 503 "draining" "Shutting down"
+        "This node is shutting down; another one serves the request.";
+    MemoryShort = 503 "memory_short" "Out of memory budget"
+        "`limits.memory` is used up.";
+    TooManyStreams = 503 "too_many_streams" "Too many streams"
+        "`limits.streams` are open on this node.";
+    TooManyBatches = 503 "too_many_batches" "Too many batches"
+        "`limits.batches` are open on this node, or half of `limits.connections`.";
+    TooManyConnections = 503 "too_many_connections" "Too many connections"
+        "`limits.connections` are open on this node, or `limits.address_connections` from this address.";
+    KeysUnavailable = 503 "keys_unavailable" "Token keys unavailable"
+        "The keys that verify tokens can't be fetched now.";
+    OutcomeUnknown = 504 "outcome_unknown" "Outcome unknown"
+        "The broker did not answer: the event may or may not be stored. Retry with the same idempotency key.";
 }
 
 /// An error with what its client is told.

@@ -1,4 +1,4 @@
-//! docs/clients.md has the code that was run, and the versions.
+//! docs/src/clients.md has the code that was run, and the versions.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -40,16 +40,16 @@ fn snippets() -> BTreeMap<String, String> {
 
 #[test]
 fn the_docs_show_the_code_that_was_run() {
-    let docs = read("docs/clients.md");
+    let docs = read("docs/src/clients.md");
     let missing: Vec<_> =
         snippets().into_iter().filter(|(_, snippet)| !docs.contains(&format!("\n{snippet}```\n"))).collect();
-    assert!(missing.is_empty(), "docs/clients.md does not have, as it is: {missing:#?}");
+    assert!(missing.is_empty(), "docs/src/clients.md does not have, as it is: {missing:#?}");
 }
 
 /// A row of the table begins with a client's name and its version.
 #[test]
 fn the_docs_tell_of_each_client_and_its_version() {
-    let docs = read("docs/clients.md");
+    let docs = read("docs/src/clients.md");
     let rows: Vec<Vec<_>> = docs
         .lines()
         .filter(|line| line.starts_with("| "))
@@ -57,7 +57,7 @@ fn the_docs_tell_of_each_client_and_its_version() {
         .collect();
     let told = |name: &str| rows.iter().any(|row| row[1].replace('`', "") == name);
     let untold: Vec<_> = CLIENTS.iter().map(|client| client.name).filter(|name| !told(name)).collect();
-    assert!(untold.is_empty(), "the table in docs/clients.md lacks {untold:?}");
+    assert!(untold.is_empty(), "the table in docs/src/clients.md lacks {untold:?}");
 
     let pins = PINS.map(read).concat();
     let versions = rows.iter().map(|row| row[2]).filter(|version| version.split('.').count() == 3);

@@ -24,7 +24,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-/// A client that users have, set up as its documentation says, or as `docs/clients.md` does.
+/// A client that users have, set up as its documentation says, or as `docs/src/clients.md` does.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Client {
     pub name: &'static str,

@@ -148,13 +148,13 @@ fn scratch() -> PathBuf {
     directory
 }
 
-/// Runs the line that the configuration itself, and the README, name for it.
+/// Runs the line that the configuration itself, and the manual, name for it.
 fn make_certificate(directory: &Path) {
     let configuration = shipped("nginx.conf");
     let line = configuration.lines().find(|line| line.contains("openssl req")).expect("the line is there");
     let line = line.trim_start_matches(['#', ' ']);
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("a README");
-    assert!(readme.contains(line), "the README has the same line");
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/src/nginx.md");
+    assert!(fs::read_to_string(page).expect("a page").contains(line), "the manual has the same line");
     let made = Command::new("sh").args(["-c", line]).current_dir(directory).stderr(Stdio::null()).status();
     assert!(made.expect("there is a shell").success(), "openssl makes a certificate");
 }
