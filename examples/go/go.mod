@@ -1,0 +1,3 @@
+module tidegate-examples
+
+go 1.21
