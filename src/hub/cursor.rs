@@ -53,6 +53,8 @@ pub struct Cursor {
     /// The place that the last frames came from.
     turn: usize,
     standing: Standing,
+    /// A place has moved past events that were not handed over, and no id has told of it yet.
+    has_untold_move: bool,
     fetching: Option<BoxFuture<'static, Fetched>>,
     /// The waker that the feeds wake when they move.
     listener: Option<Waker>,
@@ -167,6 +169,7 @@ impl Cursor {
             snapshot: snapshot.map(Box::new),
             turn: 0,
             standing: Standing::New,
+            has_untold_move: false,
             fetching: None,
             listener: None,
         }
@@ -239,7 +242,7 @@ impl Cursor {
             return None;
         }
         let settled = self.places.iter().map(Place::settled).min().expect("there is at least one place");
-        let mut moved = false;
+        let mut moved = std::mem::take(&mut self.has_untold_move);
         for place in &mut self.places {
             moved |= place.position < settled;
             place.position = place.position.max(settled);
@@ -297,7 +300,8 @@ impl Cursor {
         let count = self.places.len();
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
-            while let Some(Slice { blocks, stored, .. }) = self.take_at(number) {
+            while let Some(Slice { blocks, reached, stored }) = self.take_at(number) {
+                self.has_untold_move |= blocks.last().is_none_or(|last| last.sequence < reached);
                 if !blocks.is_empty() {
                     self.turn = number;
                     let mut frames = self.frames(number, blocks);

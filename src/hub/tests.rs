@@ -22,7 +22,7 @@ use crate::{
     },
     config::Config,
     event::EventId,
-    position::Position,
+    position::{Position, Tag},
     sse::Framing,
     subject::Subject,
 };
@@ -452,6 +452,28 @@ async fn the_position_of_a_quiet_stream_moves_on_with_the_audit() {
     assert!(timeout(Duration::from_secs(40), quiet.next()).await.is_err());
     assert!(quiet.quiet_position().is_some_and(|id| id.to_string().ends_with("-10")));
     assert!(quiet.quiet_position().is_none());
+}
+
+/// An event that another filter's place is past is skipped at this one's, which moves without a frame.
+#[tokio::test(start_paused = true)]
+async fn a_place_that_moved_past_skipped_events_is_told() {
+    let broker = Faulty::new(2);
+    let hub = hub(&broker, |_| {});
+    for subject in ["a.1", "a.0", "a.0"] {
+        broker.publish(subject).await;
+    }
+    let wanted = filters(&["a.*", "*.0"]);
+    let epoch = broker.bounds().await.unwrap().epoch;
+    let tags = [&wanted[0], &wanted[1]].map(Tag::of);
+    let position = Position::new(epoch, 1, [(tags[0], 3)]);
+    let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
+
+    let (_, mut cursor) = hub.subscribe(&wanted, start, Format::Raw).await.unwrap();
+
+    assert!(timeout(BOUND, cursor.next()).await.is_err(), "everything was handed over before");
+    let told = cursor.quiet_position().expect("its place has moved");
+    assert_eq!(tags.map(|tag| told.of(tag)), [3, 3]);
+    assert!(cursor.quiet_position().is_none());
 }
 
 #[tokio::test(start_paused = true)]
