@@ -20,6 +20,7 @@ pub struct Operator {
 pub struct Stream {
     pub epoch: Epoch,
     pub first: u64,
+    pub last: u64,
     pub leader: Option<String>,
     /// Whether every replica is where the leader is.
     pub is_whole: bool,
@@ -72,6 +73,7 @@ impl Operator {
         Stream {
             epoch: Epoch::from_seed(created.as_nanosecond() as u64),
             first: answer["state"]["first_seq"].as_u64().expect("a number"),
+            last: answer["state"]["last_seq"].as_u64().expect("a number"),
             leader: answer["cluster"]["leader"].as_str().map(str::to_owned),
             is_whole: replicas.len() == 2 && replicas.iter().all(is_current),
             config: answer["config"].take(),
@@ -96,8 +98,13 @@ impl Operator {
         self.ask("STREAM.LEADER.STEPDOWN.EVENTS", Value::Null, &[]).await;
     }
 
+    /// Removes what there is now. A request that was not answered in time, and is sent again, may be carried out once more,
+    /// later: it must not remove what was stored meanwhile.
     pub async fn purge(&self, filter: Option<&str>) {
-        let body = filter.map_or(Value::Null, |filter| json!({ "filter": filter }));
+        let mut body = json!({ "seq": self.stream().await.last + 1 });
+        if let Some(filter) = filter {
+            body["filter"] = json!(filter);
+        }
         self.ask("STREAM.PURGE.EVENTS", body, &[]).await;
     }
 
