@@ -53,6 +53,13 @@ use crate::{
     sse::{self, Framing},
 };
 
+/// What `ready_queue` is built on: replaced by loom's types in `tests/wake_ups.rs`.
+mod sync {
+    pub use std::sync::{Arc, Mutex, MutexGuard};
+
+    pub use futures_util::task::AtomicWaker;
+}
+
 /// How much a client that does not read holds in the kernel, beyond what it has not acknowledged, in bytes. Without it:
 /// 2.8 MB (measured).
 const NOTSENT_BYTES: u32 = 16 * 1024;

@@ -1,16 +1,18 @@
 //! Hints on their way to one listener: bounded, and nothing at all while none is on its way. (A channel of tokio's keeps
-//! room for 32; there is one of these for every feed.)
+//! room for 32; there is one of these for every feed.) `tests/wake_ups.rs` tries every order of its steps (loom).
 
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard},
     task::{Context, Poll},
 };
 
-use futures_util::{Stream, task::AtomicWaker};
+use futures_util::Stream;
 
-use super::Hint;
+use super::{
+    Hint,
+    sync::{Arc, AtomicWaker, Mutex, MutexGuard},
+};
 use crate::memory::{Held, Memory, Part, SMALL_BYTES};
 
 pub(super) struct Mailbox {
@@ -29,7 +31,7 @@ struct Waiting {
 
 impl Mailbox {
     pub fn new(room: usize, memory: &Memory) -> Mailbox {
-        Mailbox { room, memory: memory.clone(), waiting: Mutex::default(), reader: AtomicWaker::new() }
+        Mailbox { room, memory: memory.clone(), waiting: Mutex::new(VecDeque::new()), reader: AtomicWaker::new() }
     }
 
     /// Never waits. Where the mailbox is full, or the node has no memory left for a large hint, the hints that wait are dropped,

@@ -23,6 +23,13 @@ use crate::{
     subject::{Filter, Subject},
 };
 
+/// What `mailbox` is built on: replaced by loom's types in `tests/wake_ups.rs`.
+mod sync {
+    pub use std::sync::{Arc, Mutex, MutexGuard};
+
+    pub use futures_util::task::AtomicWaker;
+}
+
 /// A handle to the broker that every part of a gateway shares.
 pub type SharedBroker = Arc<dyn Broker>;
 

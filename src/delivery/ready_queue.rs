@@ -1,11 +1,13 @@
-//! The queue of streams that a worker has to look at: each stream has wakers that push its number.
+//! The queue of streams that a worker has to look at: each stream has wakers that push its number. `tests/wake_ups.rs` tries
+//! every order of its steps (loom).
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard},
+    // A waker is made of the standard library's own.
+    sync::Arc as StdArc,
     task::{Context, Poll, Wake, Waker},
 };
 
-use futures_util::task::AtomicWaker;
+use super::sync::{Arc, AtomicWaker, Mutex, MutexGuard};
 
 /// A queue of numbers with many producers and one consumer.
 #[derive(Default)]
@@ -30,8 +32,8 @@ struct QueueWaker {
 
 impl ReadyQueue {
     /// A waker that pushes this number.
-    pub fn waker(self: &Arc<ReadyQueue>, number: usize) -> Waker {
-        Arc::new(QueueWaker { queue: self.clone(), number }).into()
+    pub fn waker(queue: &Arc<ReadyQueue>, number: usize) -> Waker {
+        StdArc::new(QueueWaker { queue: queue.clone(), number }).into()
     }
 
     /// Takes all numbers that were pushed since the last call. Later pushes are returned by the next call.
@@ -70,31 +72,11 @@ impl ReadyQueue {
 }
 
 impl Wake for QueueWaker {
-    fn wake(self: Arc<Self>) {
+    fn wake(self: StdArc<Self>) {
         self.wake_by_ref();
     }
 
-    fn wake_by_ref(self: &Arc<Self>) {
+    fn wake_by_ref(self: &StdArc<Self>) {
         self.queue.push(self.number);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_pushed_number_is_returned_once_until_it_is_pushed_again() {
-        let queue = Arc::new(ReadyQueue::default());
-        let mut cx = Context::from_waker(Waker::noop());
-        assert_eq!(queue.poll_pop_all(&mut cx), Poll::Pending);
-
-        let wakers = [3, 200, 3].map(|number| queue.waker(number));
-        wakers.iter().for_each(Waker::wake_by_ref);
-
-        assert_eq!(queue.poll_pop_all(&mut cx), Poll::Ready(vec![3, 200]));
-        assert_eq!(queue.poll_pop_all(&mut cx), Poll::Pending);
-        wakers[0].wake_by_ref();
-        assert_eq!(queue.poll_pop_all(&mut cx), Poll::Ready(vec![3]));
     }
 }

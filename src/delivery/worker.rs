@@ -122,8 +122,10 @@ impl Worker {
         let vacant = self.streams.vacant_entry();
         let number = vacant.key();
         // Two cords for each, see `answer`.
-        let wakers =
-            Wakers { feeds: self.ready_queue.waker(2 * number), socket: self.ready_queue.waker(2 * number + 1) };
+        let wakers = Wakers {
+            feeds: ReadyQueue::waker(&self.ready_queue, 2 * number),
+            socket: ReadyQueue::waker(&self.ready_queue, 2 * number + 1),
+        };
         let alarm = self.alarms.insert(number, ALARM_MAX);
         vacant.insert(Box::new(Kept { stream, wakers, due: self.now + ALARM_MAX, alarm }));
         number
