@@ -386,3 +386,23 @@ impl App {
         error.stream_response(request, self.deliveries.retry())
     }
 }
+
+/// Parses a request's path and query as the handlers do. For `fuzz/`.
+#[cfg(fuzzing)]
+pub fn fuzzing_target(text: &str) {
+    let (path, query) = text.split_once('?').unwrap_or((text, ""));
+    if let Ok(subject) = query::decode(path) {
+        let _ = (crate::subject::Subject::parse(&subject), crate::subject::Filter::parse(&subject));
+    }
+    let parameters = query::Parameters { known: &["subject", "from", "format", "lastEventId"], advice: &[] };
+    if let Ok(query) = query::Query::read(query, &parameters, None) {
+        query.all("subject").for_each(|subject| drop(crate::subject::Filter::parse(subject)));
+        query.all("from").for_each(|from| drop(subscribe::parse_start(from)));
+    }
+}
+
+/// Parses a line of a batch. For `fuzz/`.
+#[cfg(fuzzing)]
+pub fn fuzzing_line(line: &[u8]) {
+    let _ = batch::parse(line, 1000);
+}

@@ -179,6 +179,33 @@ pub(super) fn publish(outgoing: &mut Vec<u8>, subject: &str, reply: &str, payloa
     outgoing.extend_from_slice(b"\r\n");
 }
 
+/// Decodes bytes, in pieces of one size and all at once: with the same result. For `fuzz/`.
+#[cfg(fuzzing)]
+pub fn fuzzing(bytes: &[u8], piece: usize) {
+    let decode = |piece: usize| {
+        let (mut buffer, mut decoded) = (BytesMut::new(), vec![]);
+        for piece in bytes.chunks(piece) {
+            buffer.extend_from_slice(piece);
+            loop {
+                match Codec.decode(&mut buffer) {
+                    Ok(Some(op)) => decoded.push(op),
+                    Ok(None) => break,
+                    Err(_) => return decoded,
+                }
+            }
+        }
+        decoded
+    };
+    let whole = decode(bytes.len().max(1));
+    assert_eq!(decode(piece.max(1)), whole);
+    for op in whole {
+        if let ServerOp::Message(message) = op {
+            let headers = super::Headers::new(&message.headers);
+            let _ = (headers.status(), headers.first("Nats-Sequence"), headers.last("Nats-Subject"));
+        }
+    }
+}
+
 #[cfg(test)]
 mod fuzz {
     use proptest::prelude::*;

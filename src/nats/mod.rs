@@ -40,6 +40,8 @@ mod requests;
 mod server_pool;
 mod subscriptions;
 
+#[cfg(fuzzing)]
+pub use self::codec::fuzzing;
 pub use self::{
     client::{Client, Connection, Event, PING, SILENCE, Subscribing, Subscription},
     codec::{Message, ServerInfo},
