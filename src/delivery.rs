@@ -50,7 +50,7 @@ use crate::{
     memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
-    sse::{self, Framing},
+    wire::{self, Format, Framing},
 };
 
 /// What `ready_queue` is built on: replaced by loom's types in `tests/wake_ups.rs`.
@@ -216,7 +216,7 @@ impl StreamPermit {
             TcpStream::from_std(socket)?
         };
         let record = common.registry.open(client, cursor.progress());
-        let opening = opening_text(opening, common.retry());
+        let opening = opening_text(cursor.format(), opening, common.retry());
         let expiry = expires.map(|expires| Expiry::new(expires, common.expiry_warning));
         let place = (self.open_count, self.place);
         let stream = Stream::new(common, (socket, framing), &opening, cursor, record, expiry, place);
@@ -229,11 +229,11 @@ impl StreamPermit {
 }
 
 /// What a client is told before its first event.
-fn opening_text(opening: Opening, retry: Duration) -> String {
-    let begin = sse::opening(retry);
+fn opening_text(format: Format, opening: Opening, retry: Duration) -> String {
+    let begin = wire::opening(format, retry);
     match opening {
-        Opening::Position(id) => begin + &sse::position(&id),
+        Opening::Position(id) => begin + &wire::position(format, &id),
         Opening::Snapshot => begin,
-        Opening::Gap(gap) => begin + &String::from_utf8_lossy(gap.text()),
+        Opening::Gap(gap) => begin + &String::from_utf8_lossy(gap.block(format).text()),
     }
 }

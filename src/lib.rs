@@ -15,14 +15,14 @@
 //! | module | is for | uses |
 //! |---|---|---|
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
-//! | [`http`] | the URL space, requests and problems; hands sockets over | auth, limits, delivery, hub, broker, sse |
+//! | [`http`] | the URL space, requests and problems; hands sockets over | auth, limits, delivery, hub, broker, wire |
 //! | [`auth`] | authentication and authorization | subject |
-//! | [`delivery`] | the streams: writes what their cursors yield to their sockets | limits, hub, sse |
+//! | [`delivery`] | the streams: writes what their cursors yield to their sockets | limits, hub, wire |
 //! | [`limits`] | how much one address or principal may ask for | |
-//! | [`hub`] | feeds, cursors, where a stream begins | broker, sse, position |
+//! | [`hub`] | feeds, cursors, where a stream begins | broker, wire, position |
 //! | [`broker`] | the one trait, and its two implementations | nats, event |
 //! | [`nats`] | a client for NATS connections that carry what other people published | |
-//! | [`sse`] | event -> bytes; pure | event |
+//! | [`wire`] | event -> bytes; pure | event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`memory`] | how many bytes the node holds for its clients, and whether that is too much | |
@@ -59,7 +59,7 @@
 //! - *A place, not a queue.* What a client has not taken is not kept for it: at most one frame that has been begun.
 //! - *Every frame's id says "everything up to here"* and is its last line, so that a connection may die after any byte.
 //! - *A promise counts as real clients read it*: each event of the gateway's own has a type, data and an id, each frame is
-//!   one chunk, and a stream that is to go on elsewhere never gets the last one (see [`sse`]).
+//!   one chunk, and a stream that is to go on elsewhere never gets the last one (see [`wire`]).
 //! - *An event is encoded once* for each format, however many clients get it.
 //! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
 //! - *Refused unseen*: what somebody may not do is decided from names alone, before anything is looked up; a bad token
@@ -109,5 +109,5 @@ pub mod nats;
 pub mod panics;
 pub mod position;
 pub mod shutdown;
-pub mod sse;
 pub mod subject;
+pub mod wire;

@@ -18,8 +18,8 @@ use support::{
 };
 use tidegate::{
     event::{self, Epoch, EventId, EventType},
-    sse::{self, Format, Framing},
     subject::Subject,
+    wire::{self, Format, Framing},
 };
 
 /// Payloads made of what may hurt: ends of lines, what looks like fields, NUL, BOM, bytes that are no text.
@@ -132,8 +132,8 @@ proptest! {
     fn any_event_survives_the_wire(payload in payload(), kind in kind()) {
         let stored = stored(&payload, kind.clone(), 42);
 
-        let raw = only_event(sse::event(epoch(), &stored, Format::Raw).text());
-        let json = only_event(sse::event(epoch(), &stored, Format::Json).text());
+        let raw = only_event(wire::event(epoch(), &stored, Format::Raw).text());
+        let json = only_event(wire::event(epoch(), &stored, Format::Json).text());
 
         assert_raw(&raw, &id(42), &payload, kind.as_ref());
         assert_eq!((json.id.as_str(), json.kind.as_str()), (&*id(42), "message"));
@@ -145,11 +145,11 @@ proptest! {
         events in prop::collection::vec((payload(), kind()), 1..5),
         cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
     ) {
-        let mut bytes = sse::opening(std::time::Duration::from_secs(3)).into_bytes();
+        let mut bytes = wire::opening(Format::Raw, std::time::Duration::from_secs(3)).into_bytes();
         for (sequence, (payload, kind)) in (1..).zip(events) {
-            bytes.extend(sse::event(epoch(), &stored(&payload, kind, sequence), Format::Raw).text());
+            bytes.extend(wire::event(epoch(), &stored(&payload, kind, sequence), Format::Raw).text());
             bytes.extend(Framing::Close.heartbeat());
-            bytes.extend(sse::position(&EventId { epoch: epoch(), sequence }).into_bytes());
+            bytes.extend(wire::position(Format::Raw, &EventId { epoch: epoch(), sequence }).into_bytes());
         }
         let whole = Parser::default().feed(&bytes);
 
@@ -164,7 +164,7 @@ proptest! {
 proptest! {
     #[test]
     fn a_block_is_one_chunk_with_its_id_last_whosever_id_that_is(payload in payload(), kind in kind(), other in 1..u64::MAX) {
-        let block = sse::event(epoch(), &stored(&payload, kind, 42), Format::Raw);
+        let block = wire::event(epoch(), &stored(&payload, kind, 42), Format::Raw);
         let ends_with = |text: &[u8], sequence| text.ends_with(format!("\nid: {}\n\n", id(sequence)).as_bytes());
 
         let own = block.own_id(&EventId { epoch: epoch(), sequence: other });
@@ -189,8 +189,8 @@ fn lines_of_a_mebibyte_survive_the_wire() {
     no_text[MEBIBYTE - 1] = 0xc3;
     for payload in [vec![b'x'; MEBIBYTE], vec![b'\n'; MEBIBYTE], b"\r\n".repeat(MEBIBYTE / 2), broken_up, no_text] {
         let stored = stored(&payload, None, 1);
-        let raw = only_event(sse::event(epoch(), &stored, Format::Raw).text());
-        let json = only_event(sse::event(epoch(), &stored, Format::Json).text());
+        let raw = only_event(wire::event(epoch(), &stored, Format::Raw).text());
+        let json = only_event(wire::event(epoch(), &stored, Format::Json).text());
         assert_raw(&raw, &id(1), &payload, None);
         assert_json(&json.data, &id(1), &payload, None);
     }

@@ -19,21 +19,21 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "http",
         &[
-            "auth", "delivery", "limits", "hub", "broker", "sse", "position", "event", "subject", "memory", "metrics",
+            "auth", "delivery", "limits", "hub", "broker", "wire", "position", "event", "subject", "memory", "metrics",
             "config", "fuzz",
         ],
     ),
     ("auth", &["subject", "metrics", "shutdown", "config", "fuzz"]),
-    ("delivery", &["limits", "hub", "sse", "memory", "metrics", "shutdown", "backoff", "config"]),
+    ("delivery", &["limits", "hub", "wire", "position", "memory", "metrics", "shutdown", "backoff", "config"]),
     ("limits", &["config"]),
     (
         "hub",
         &[
-            "broker", "sse", "position", "event", "subject", "memory", "metrics", "panics", "shutdown", "backoff",
+            "broker", "wire", "position", "event", "subject", "memory", "metrics", "panics", "shutdown", "backoff",
             "config",
         ],
     ),
-    ("sse", &["position", "event"]),
+    ("wire", &["position", "event"]),
     ("position", &["event", "subject"]),
     ("broker", &["nats", "memory", "position", "event", "subject", "panics", "backoff", "config", "fuzz"]),
     ("nats", &["backoff", "fuzz"]),

@@ -29,9 +29,10 @@ use tokio::{net::TcpStream, time::Instant};
 use super::{Common, OpenCount, StreamRecord, liveness, worker::Wakers};
 use crate::{
     backoff::jittered,
-    hub::{Cursor, Frame},
+    hub::{Completed, Cursor, Frame},
     limits::ClientPermit,
-    sse::{self, Framing},
+    position::Position,
+    wire::{self, Format, Framing},
 };
 
 /// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
@@ -65,6 +66,8 @@ pub(super) enum End {
     Expired,
     /// So it has, while the client did not read.
     ExpiredUnread,
+    /// At the end that its client wished, and told so.
+    Completed(Completed),
     /// By a defect of this gateway, which has been logged.
     Failed,
 }
@@ -80,6 +83,8 @@ pub(super) struct Stream {
     /// The next heartbeat; of a stream that drains, its end.
     beat_at: Instant,
     drains: bool,
+    /// The last words are written, or on their way.
+    completed: Option<Completed>,
     unasked_bytes: u32,
     /// In seconds since [`Common::began`]: an instant would take four times as much of every stream.
     ages_at: u32,
@@ -162,6 +167,7 @@ impl Stream {
             written_at: now,
             beat_at: now + jittered(common.sse.heartbeat),
             drains: false,
+            completed: None,
             unasked_bytes: 0,
             ages_at: common.end_of_a_life(),
             expiry: expiry.map(Box::new),
@@ -172,7 +178,10 @@ impl Stream {
 
     /// When it has something to do, whatever happens until then.
     pub fn due(&self, common: &Common) -> Instant {
-        let flowing = || self.expiry.as_ref().map_or(self.beat_at, |expiry| self.beat_at.min(expiry.next()));
+        let flowing = || {
+            let expires = self.expiry.as_ref().map(|expiry| expiry.next());
+            [expires, self.cursor.completed_at()].into_iter().flatten().fold(self.beat_at, Instant::min)
+        };
         let held = |held: &PendingWrite| {
             let stalls = Some(held.since + common.limits.borrow().stall);
             let patience = (!held.is_least).then_some(held.since + GIVE_BACK_AFTER);
@@ -203,18 +212,29 @@ impl Stream {
         } else if self.beat_at <= turn.now {
             self.beat(turn)
         } else {
+            // The worker goes on with `flow`, which sees what has come to its end.
             Ok(())
         }
     }
 
     /// Takes what there is for its client and writes it, as long as the socket has room.
     pub fn flow(&mut self, turn: &Turn<'_>) -> Result<(), End> {
-        while self.held.is_none() {
-            let Poll::Ready(frames) = self.next_frames(turn) else { break };
+        while self.held.is_none() && self.completed.is_none() {
+            let Poll::Ready(frames) = self.next_frames(turn) else {
+                self.completed = self.cursor.completed();
+                let Some(completed) = self.completed else { return Ok(()) };
+                let last_words =
+                    [&self.framing.frame(&self.bye(turn.common.retry(), completed.as_str())), self.framing.end()];
+                self.write_plain(turn, last_words.concat().into())?;
+                break;
+            };
             self.written_at = turn.now;
             self.write(turn, WriteBuffer { frames: frames.into(), ..WriteBuffer::plain(self.framing, Bytes::new()) })?;
         }
-        Ok(())
+        match self.completed {
+            Some(completed) if self.held.is_none() => Err(End::Completed(completed)),
+            Some(_) | None => Ok(()),
+        }
     }
 
     fn next_frames(&mut self, turn: &Turn<'_>) -> Poll<Vec<Frame>> {
@@ -296,11 +316,12 @@ impl Stream {
             | End::WriteFailed
             | End::Cut
             | End::ExpiredUnread
+            | End::Completed(_)
             | End::Failed => None,
         };
         if let Some((retry, reason)) = farewell {
-            let id = self.cursor.settled_position();
-            let bye = sse::bye(retry, reason, id.as_ref().map(|id| id as &dyn Display));
+            let reason = if self.cursor.format() == Format::Ndjson { end.as_str() } else { reason };
+            let bye = self.bye(retry, reason);
             let _ = self.socket.try_write(&self.framing.frame(&bye));
         }
         let Stream { record, socket, cursor, _open_count, _place, .. } = self;
@@ -311,6 +332,12 @@ impl Stream {
         common.registry.close(record, end.as_str()).log();
     }
 
+    /// The last event of the stream.
+    fn bye(&mut self, retry: Duration, reason: &str) -> String {
+        let id = self.cursor.settled_position();
+        wire::bye(self.cursor.format(), retry, reason, id.as_ref().map(|id| id as &dyn Display))
+    }
+
     /// Warns of the token's end, or ends at it.
     fn expire(&mut self, turn: &Turn<'_>) -> Result<(), End> {
         let Some(expiry) = &mut self.expiry else { return Ok(()) };
@@ -318,7 +345,8 @@ impl Stream {
             return Err(End::Expired);
         }
         let id = self.cursor.settled_position();
-        let warning = sse::token_expiring(expiry.expires, id.as_ref().map(|id| id as &dyn Display));
+        let warning =
+            wire::token_expiring(self.cursor.format(), expiry.expires, id.as_ref().map(|id| id as &dyn Display));
         self.write_plain(turn, self.framing.frame(&warning))
     }
 
@@ -336,14 +364,22 @@ impl Stream {
         let quiet = turn.now.saturating_duration_since(self.written_at);
         if quiet < heartbeat / 2 {
             next = next.saturating_sub(quiet);
-        } else if let Some(id) = self.cursor.quiet_position() {
-            self.write_plain(turn, self.framing.frame(&sse::position(&id)))?;
+        } else if let Some(id) = self.beat_position() {
+            self.write_plain(turn, self.framing.frame(&wire::position(self.cursor.format(), &id)))?;
             self.cursor.tell(&self.record.progress, u64::MAX);
         } else {
             self.write_plain(turn, self.framing.heartbeat())?;
         }
         self.beat_at = turn.now + next;
         Ok(())
+    }
+
+    /// The position that a heartbeat tells. An NDJSON reader knows no comments: its heartbeats are positions.
+    fn beat_position(&mut self) -> Option<Position> {
+        match self.cursor.format() {
+            Format::Raw | Format::Json => self.cursor.quiet_position(),
+            Format::Ndjson => self.cursor.settled_position(),
+        }
     }
 
     /// Has waited for room until now.
@@ -361,9 +397,10 @@ impl Stream {
         }
         if !held.is_least && held.since + GIVE_BACK_AFTER <= now {
             held.is_least = true;
+            let events = held.buffer.frames.iter().skip(1).filter(|frame| frame.is_event).count() as u64;
             held.buffer.frames.truncate(1);
             if let Some(first) = held.buffer.frames.front() {
-                self.cursor.give_back_after(first.sequence);
+                self.cursor.give_back_after(first.sequence, events);
             }
         }
         if common.memory.is_high() && held.is_large() && held.began + LARGE_FOR <= now {
@@ -533,6 +570,7 @@ impl End {
             End::Cut => "cut",
             End::MaxLifetime => "aged",
             End::Expired | End::ExpiredUnread => "token-expired",
+            End::Completed(completed) => completed.as_str(),
             End::Failed => "failed",
         }
     }

@@ -17,7 +17,7 @@ use crate::{
     broker::{BrokerError, Condition, PublishError},
     event::EventId,
     limits::{Exhausted, RetryAfter, TooManyBatches},
-    sse,
+    wire::{self, Format},
 };
 
 /// Set by a proxy that wants a status code even where an EventSource would be answered 200, to try the next node.
@@ -266,12 +266,12 @@ impl ApiError {
         }
         // Clients that are to wait for a rate come back spread out like all others.
         let retry = self.wait.unwrap_or_default() + retry;
-        event_stream().body(sse::refused(retry, self.code.as_str(), presented_id(request).as_deref()))
+        event_stream(Format::Raw).body(wire::refused(retry, self.code.as_str(), presented_id(request).as_deref()))
     }
 }
 
 /// Whether an Accept header names `wanted` as one of its media ranges.
-fn accepts(header: &str, wanted: &str) -> bool {
+pub(super) fn accepts(header: &str, wanted: &str) -> bool {
     header.split(',').filter_map(|range| range.split(';').next()).any(|range| range.trim().eq_ignore_ascii_case(wanted))
 }
 

@@ -7,7 +7,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use actix_web::{
@@ -22,7 +22,7 @@ use jiff::{Timestamp, fmt::temporal::Pieces};
 use super::{
     App, authenticate,
     connection::{Handoff, SharedSocket},
-    error::{ApiError, Code},
+    error::{ApiError, Code, accepts},
     middleware::{address, caller},
     query::{Parameters, Query, decode_query, subject_in_path},
 };
@@ -30,25 +30,33 @@ use crate::{
     auth::Principal,
     broker::{BrokerError, Health},
     config::parse_duration,
-    hub::{Start, StartAt},
-    sse::{Format, Framing},
+    hub::{Ends, Opening, Start, StartAt, Until},
     subject::{Filter, SubjectError},
+    wire::{Format, Framing},
 };
 
 /// The parameters beside the filter in the path.
 const OF_ONE: Parameters = Parameters {
-    known: &["from", "format", "lastEventId"],
+    known: &["from", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
         ID,
         DATA,
         KEY,
+        POLL,
         authenticate::ADVICE,
     ],
 };
 const OF_SEVERAL: Parameters = Parameters {
-    known: &["subject", "from", "format", "lastEventId"],
-    advice: &[(&["topic", "topics", "channel"], "did you mean \"subject\"?"), ID, DATA, KEY, authenticate::ADVICE],
+    known: &["subject", "from", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    advice: &[
+        (&["topic", "topics", "channel"], "did you mean \"subject\"?"),
+        ID,
+        DATA,
+        KEY,
+        POLL,
+        authenticate::ADVICE,
+    ],
 };
 type Advice = (&'static [&'static str], &'static str);
 const ID: Advice =
@@ -56,6 +64,11 @@ const ID: Advice =
 const DATA: Advice = (&["data", "payload", "message"], "events are published by POST, with the data as the body");
 const KEY: Advice = (&["key"], "an API key comes as Authorization: Bearer");
 
+const POLL: Advice =
+    (&["poll", "once", "end", "max", "count", "timeout"], "a stream ends by limit=N, until=, or follow=0");
+
+/// The longest that a stream with `follow=0` waits for a first event.
+const WAIT_MAX: Duration = Duration::from_secs(5 * 60);
 /// How much of a `Last-Event-ID` is looked at. None of ours is longer.
 const ID_CHARS_MAX: usize = 16 * 1024;
 
@@ -106,6 +119,7 @@ struct SubscribeRequest {
     filters: Vec<Filter>,
     start: Start,
     format: Format,
+    ends: Ends,
 }
 
 impl SubscribeRequest {
@@ -115,16 +129,19 @@ impl SubscribeRequest {
             None => StartAt::Now,
         };
         let format = match query.one("format")? {
+            None if accepts_ndjson_alone(request) => Format::Ndjson,
             None | Some("raw") => Format::Raw,
             Some("json") => Format::Json,
+            Some("ndjson") => Format::Ndjson,
             Some(other) => {
-                let detail = format!("format is \"raw\" (the default) or \"json\", not {other:?}");
+                let detail = format!("format is \"raw\" (the default), \"json\" or \"ndjson\", not {other:?}");
                 return Err(ApiError::new(Code::InvalidParameter, detail));
             }
         };
         // At most once.
         query.one("lastEventId")?;
-        Ok(SubscribeRequest { filters, start: Start { last_event_id: presented_id(request), at }, format })
+        let ends = parse_ends(query)?;
+        Ok(SubscribeRequest { filters, start: Start { last_event_id: presented_id(request), at }, format, ends })
     }
 }
 
@@ -142,6 +159,7 @@ async fn open(
     }
     let place = app.shares.open_stream(&caller(request, principal), wanted.filters.len())?;
     let permit = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
+    let format = wanted.format;
     let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
     let body = if request.method() == Method::HEAD {
         if let Health::Away(why) = app.broker.health() {
@@ -151,8 +169,19 @@ async fn open(
     } else {
         let socket_share =
             request.conn_data::<Rc<SharedSocket>>().expect("every connection carries its shared socket").clone();
-        let SubscribeRequest { filters, start, format } = wanted;
-        let (opening, cursor) = app.hub.subscribe(&filters, start, format).await?;
+        let SubscribeRequest { filters, start, format: _, ends } = wanted;
+        let (is_back, until) = (start.last_event_id.is_some(), ends.until.clone());
+        let (opening, cursor) = app.hub.subscribe(&filters, start, format, ends).await?;
+        if let Some(Until::Position(until)) = until
+            && !until.epoch.is_named(cursor.epoch())
+        {
+            let detail = "until is an id of another stream: it would never be reached";
+            return Err(ApiError::new(Code::InvalidParameter, detail));
+        }
+        // An EventSource comes back after any end but this.
+        if is_back && format != Format::Ndjson && matches!(opening, Opening::Position(_)) && cursor.is_past_its_end() {
+            return Ok(HttpResponse::NoContent().insert_header((header::CACHE_CONTROL, "no-store")).finish());
+        }
         let (client, expires) = (authenticate::client(request, principal), principal.expires());
         BoxBody::new(Handoff::new(socket_share, move |socket| {
             if let Err(error) = permit.deliver((socket, framing), opening, cursor, client, expires) {
@@ -160,17 +189,16 @@ async fn open(
             }
         }))
     };
-    let mut response = event_stream().body(body);
+    let mut response = event_stream(format).body(body);
     response.head_mut().no_chunking(framing == Framing::Close);
     Ok(response)
 }
 
 /// The head of every answer that is a stream.
-pub(super) fn event_stream() -> HttpResponseBuilder {
+pub(super) fn event_stream(format: Format) -> HttpResponseBuilder {
     let mut response = HttpResponse::Ok();
     response
-        // Without a charset, which a library's documented check does not expect: the format is always UTF-8.
-        .content_type("text/event-stream")
+        .content_type(format.content_type())
         // Proxies that compress (webpack-dev-server, express `compression`) would hold every byte back.
         .insert_header((header::CACHE_CONTROL, "no-store, no-transform"))
         // Tells nginx, wherever one is in between, to pass every byte on at once.
@@ -203,6 +231,49 @@ impl MessageBody for NoBody {
     fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Bytes, Infallible>>> {
         Poll::Ready(None)
     }
+}
+
+/// Whether the request names NDJSON and not `text/event-stream`, which is the default.
+fn accepts_ndjson_alone(request: &HttpRequest) -> bool {
+    let names =
+        |kind| request.headers().get_all(header::ACCEPT).filter_map(|v| v.to_str().ok()).any(|v| accepts(v, kind));
+    names(Format::Ndjson.content_type()) && !names(Format::Raw.content_type())
+}
+
+/// Reads where the stream ends: `limit`, `until`, `follow` and `wait`.
+fn parse_ends(query: &Query) -> Result<Ends, ApiError> {
+    let wrong = |detail: &str| Err(ApiError::new(Code::InvalidParameter, detail));
+    let limit = match query.one("limit")?.map(str::parse) {
+        None => None,
+        Some(Ok(limit @ 1..)) => Some(limit),
+        Some(Ok(0) | Err(_)) => return wrong("limit is a number of events, at least 1"),
+    };
+    let follow = match query.one("follow")? {
+        None => None,
+        Some("0") => Some(false),
+        Some("1") => Some(true),
+        Some(_) => return wrong("follow is 0 (end when everything there is has been sent) or 1 (the default)"),
+    };
+    let until = match (query.one("until")?, follow) {
+        (None, None | Some(true)) => None,
+        (None | Some("now"), Some(false)) | (Some("now"), None) => Some(Until::Now),
+        (Some(_), Some(true)) => return wrong("until ends a stream, and follow=1 does not: give one of them"),
+        (Some(_), Some(false)) => return wrong("follow=0 is until=now: give one of them"),
+        (Some(text), None) => match (text.parse(), parse_time(text)) {
+            (Ok(position), _) => Some(Until::Position(position)),
+            (Err(_), Some(time)) => Some(Until::Time(time)),
+            (Err(_), None) => return wrong("until is now, an event id, or a time such as 2026-01-31T12:00:00Z"),
+        },
+    };
+    let wait = match query.one("wait")?.map(parse_duration) {
+        None => Duration::ZERO,
+        Some(_) if until != Some(Until::Now) => {
+            return wrong("wait goes with follow=0: how long to wait for a first event");
+        }
+        Some(Some(wait)) if wait <= WAIT_MAX => wait,
+        Some(_) => return wrong("wait is a time such as 30s, at most 5m"),
+    };
+    Ok(Ends { limit, until, wait })
 }
 
 fn parse_filter(text: &str) -> Result<Filter, ApiError> {

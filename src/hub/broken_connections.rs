@@ -6,7 +6,7 @@ use std::{process::Command, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{Hub, Settings, Start, StartAt};
+use super::{Ends, Hub, Settings, Start, StartAt};
 use crate::{
     broker::{
         Broker, Health, Publication, Publish,
@@ -16,8 +16,8 @@ use crate::{
     memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
-    sse::Format,
     subject::{Filter, Subject},
+    wire::Format,
 };
 
 #[path = "../../tests/support/nats.rs"]
@@ -61,7 +61,11 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
                 [(&*subject, StartAt::First), (">", StartAt::Time(began)), ("*.*", StartAt::Time(began))]
             {
                 let start = Start { last_event_id: None, at };
-                let mut cursor = hub.subscribe(&[Filter::parse(filter).unwrap()], start, Format::Raw).await.unwrap().1;
+                let mut cursor = hub
+                    .subscribe(&[Filter::parse(filter).unwrap()], start, Format::Raw, Ends::default())
+                    .await
+                    .unwrap()
+                    .1;
                 readers.spawn(async move {
                     let mut got: Vec<u64> = vec![];
                     loop {
@@ -87,7 +91,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
             // New feeds, and history, at once.
             let start = Start { last_event_id: None, at: StartAt::First };
             let filter = Filter::parse(&format!("{connection}.*")).unwrap();
-            hub.subscribe(&[filter], start, Format::Raw).await.unwrap();
+            hub.subscribe(&[filter], start, Format::Raw, Ends::default()).await.unwrap();
             publishing.abort();
             let stored = match publishing.await {
                 Ok(()) => unreachable!("it publishes until it is told"),

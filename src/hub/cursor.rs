@@ -19,10 +19,12 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use jiff::Timestamp;
 use smallvec::SmallVec;
+use tokio::time::Instant;
 
 use super::{
     Hub,
     encoded::Encoder,
+    ends::{ASK_AGAIN, Bound, Completed, Remaining},
     feed::{Reader, Take},
     log::{self, Slice},
     pages::{Ahead, SharedPage},
@@ -36,8 +38,8 @@ use crate::{
     memory::Held,
     metrics::Counted,
     position::{Position, Tag, Witness},
-    sse::{Block, Format, Framing, GapReason, OwnId},
     subject::Subject,
+    wire::{Block, Format, Framing, GapReason, OwnId},
 };
 
 pub struct Cursor {
@@ -56,6 +58,8 @@ pub struct Cursor {
     /// A place has moved past events that were not handed over, and no id has told of it yet.
     has_untold_move: bool,
     fetching: Option<BoxFuture<'static, Fetched>>,
+    /// How far its end is, if it has one.
+    remaining: Option<Box<Remaining>>,
     /// The waker that the feeds wake when they move.
     listener: Option<Waker>,
 }
@@ -98,6 +102,8 @@ pub struct Frame {
     pub block: Block,
     /// The id of a reader of several filters, in the place of the block's.
     pub own_id: Option<OwnId>,
+    /// Not a word of the gateway's own.
+    pub is_event: bool,
     /// When its event was stored: said of the newest of those taken together, if they came live.
     pub stored: Option<Timestamp>,
 }
@@ -127,7 +133,7 @@ impl Place {
 
 impl Frame {
     fn new(sequence: u64, block: Block) -> Frame {
-        Frame { sequence, block, own_id: None, stored: None }
+        Frame { sequence, block, own_id: None, is_event: true, stored: None }
     }
 
     /// The frame as it is written to a connection, in pieces that may be empty.
@@ -158,7 +164,13 @@ impl Snapshot {
 }
 
 impl Cursor {
-    pub(super) fn new(hub: Hub, format: Format, not_before: Option<Timestamp>, found: StartPoint) -> Cursor {
+    pub(super) fn new(
+        hub: Hub,
+        format: Format,
+        not_before: Option<Timestamp>,
+        found: StartPoint,
+        remaining: Option<Remaining>,
+    ) -> Cursor {
         let StartPoint { epoch, places, gap: _, snapshot } = found;
         Cursor {
             hub,
@@ -171,6 +183,7 @@ impl Cursor {
             standing: Standing::New,
             has_untold_move: false,
             fetching: None,
+            remaining: remaining.map(Box::new),
             listener: None,
         }
     }
@@ -180,6 +193,7 @@ impl Cursor {
     /// Pending, the waker is woken as often as there may be some: it stays known to the feeds, so that a poll for each
     /// event costs no more than looking.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Vec<Frame>> {
+        self.resolve_bound(cx);
         loop {
             // Before looking, so that what moves after the look wakes.
             self.listen(cx.waker());
@@ -217,8 +231,13 @@ impl Cursor {
 
     /// Gives back what was handed over last, after `sequence`, and can't be delivered now: it will come again. Lets go
     /// of everything that was read ahead, so that a client that does not read costs no more than an idle one.
-    pub fn give_back_after(&mut self, sequence: u64) {
+    ///
+    /// `events` were handed over after it.
+    pub fn give_back_after(&mut self, sequence: u64, events: u64) {
         self.let_go();
+        if let Some(Remaining { events: Some(left), .. }) = self.remaining.as_deref_mut() {
+            *left += events;
+        }
         if let Some(snapshot) = &mut self.snapshot {
             (snapshot.position, snapshot.ahead_reached) = (sequence, sequence);
             snapshot.ahead.clear();
@@ -234,6 +253,125 @@ impl Cursor {
     /// the same page, or for a turn to read another. It is fetched anew then.
     pub fn let_go(&mut self) {
         self.fetching = None;
+    }
+
+    /// Whether the stream has come to the end that its client wishes, once there is nothing to be handed over.
+    pub fn completed(&mut self) -> Option<Completed> {
+        let last = self.remaining.as_ref()?.last();
+        let is_there = self.snapshot.is_none() && last.is_some_and(|last| self.has_reached(last));
+        let remaining = self.remaining.as_mut()?;
+        if remaining.events == Some(0) {
+            return Some(Completed::Limit);
+        }
+        let is_waiting = !remaining.has_delivered && remaining.wait_until.is_some_and(|until| Instant::now() < until);
+        match remaining.bound {
+            Bound::Sequence(_) if is_there && is_waiting => {
+                // From here on for the first event, wherever that is.
+                remaining.bound = Bound::Open;
+                None
+            }
+            Bound::Sequence(_) if is_there => Some(remaining.reason),
+            Bound::Open if remaining.wait_until.is_some() && !is_waiting => Some(remaining.reason),
+            Bound::Open | Bound::Sequence(_) | Bound::Time(_) | Bound::Resolving(_) => None,
+        }
+    }
+
+    /// When [`Cursor::completed`] may change without anything else happening.
+    pub fn completed_at(&self) -> Option<Instant> {
+        self.remaining.as_ref()?.due()
+    }
+
+    /// Whether everything up to the end was delivered before this stream began.
+    pub fn is_past_its_end(&self) -> bool {
+        let last = self.remaining.as_ref().and_then(|remaining| remaining.last());
+        let is_past = |place: &Place| last.is_some_and(|last| place.position >= last);
+        self.snapshot.is_none() && self.places.iter().all(is_past)
+    }
+
+    /// Whether nothing up to a sequence is left to be handed over. Feeds that are not proven up to there read.
+    fn has_reached(&mut self, last: u64) -> bool {
+        let is_behind = |place: &&Place| place.position < last && place.settled() < last;
+        let mut behind = self.places.iter().filter(is_behind).peekable();
+        if behind.peek().is_none() {
+            return true;
+        }
+        let asked_at = self.remaining.as_ref().and_then(|remaining| remaining.asked_at);
+        if asked_at.is_none_or(|at| at.elapsed() >= ASK_AGAIN) {
+            let unproven = behind.filter(|place| place.reader.feed.proven() < last);
+            unproven.for_each(|place| place.reader.feed.resync(&self.hub, "until"));
+            if let Some(remaining) = &mut self.remaining {
+                remaining.asked_at = Some(Instant::now());
+            }
+        }
+        false
+    }
+
+    /// Once the time of the end has come, asks what the last event is.
+    fn resolve_bound(&mut self, cx: &mut Context<'_>) {
+        let Some(remaining) = &mut self.remaining else { return };
+        if matches!(remaining.bound, Bound::Time(time) if time <= Timestamp::now()) {
+            let hub = self.hub.clone();
+            remaining.bound = Bound::Resolving(
+                async move {
+                    let mut backoff = Backoff::default();
+                    loop {
+                        match hub.0.broker.bounds().await {
+                            Ok(bounds) => return bounds.last,
+                            Err(_) => backoff.wait().await,
+                        }
+                    }
+                }
+                .boxed(),
+            );
+        }
+        if let Bound::Resolving(last) = &mut remaining.bound
+            && let Poll::Ready(last) = last.poll_unpin(cx)
+        {
+            remaining.bound = Bound::Sequence(last);
+        }
+    }
+
+    /// Takes away what comes after the end from what was taken at a place.
+    fn cut_off(&mut self, number: usize, slice: Slice) -> Slice {
+        let Some(remaining) = &mut self.remaining else { return slice };
+        let place = &mut self.places[number];
+        let Slice { mut blocks, mut reached, stored } = slice;
+        let mut kept = 0;
+        for found in &blocks {
+            if remaining.is_beyond(found.sequence, found.stored) || remaining.events == Some(0) {
+                break;
+            }
+            if found.stored.is_some() {
+                remaining.has_delivered = true;
+                if let Some(events) = &mut remaining.events {
+                    *events -= 1;
+                }
+            }
+            kept += 1;
+        }
+        if kept < blocks.len() {
+            let beyond = blocks[kept].sequence;
+            if let Bound::Time(_) = remaining.bound {
+                // Times grow with sequences.
+                remaining.bound = Bound::Sequence(beyond - 1);
+            }
+            reached = match remaining.events {
+                Some(0) => blocks[..kept].last().map_or(place.position.min(beyond - 1), |last| last.sequence),
+                _ => beyond - 1,
+            };
+            blocks.truncate(kept);
+            (place.position, place.ahead) = (reached, Ahead::default());
+        }
+        Slice { blocks, reached, stored }
+    }
+
+    /// The incarnation of the stream that it reads.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// The position to tell a client that has been handed everything there is, if it has moved without an event.
@@ -300,7 +438,13 @@ impl Cursor {
         let count = self.places.len();
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
-            while let Some(Slice { blocks, reached, stored }) = self.take_at(number) {
+            if self.remaining.as_ref().is_some_and(|remaining| {
+                remaining.events == Some(0) || remaining.last().is_some_and(|last| self.places[number].position >= last)
+            }) {
+                continue;
+            }
+            while let Some(slice) = self.take_at(number) {
+                let Slice { blocks, reached, stored } = self.cut_off(number, slice);
                 self.has_untold_move |= blocks.last().is_none_or(|last| last.sequence < reached);
                 if !blocks.is_empty() {
                     self.turn = number;
@@ -328,6 +472,16 @@ impl Cursor {
                 snapshot.ahead.pop_front();
                 continue;
             }
+            if let Some(remaining) = &mut self.remaining {
+                if remaining.events == Some(0) {
+                    return frames;
+                }
+                if remaining.is_beyond(event.sequence, Some(event.time)) {
+                    snapshot.ahead.clear();
+                    (snapshot.position, snapshot.ahead_reached) = (snapshot.as_of, snapshot.as_of);
+                    break;
+                }
+            }
             let block = encoder.encode(event);
             if !frames.is_empty() && bytes + block.len() > bytes_max {
                 break;
@@ -335,6 +489,10 @@ impl Cursor {
             bytes += block.len();
             snapshot.position = event.sequence;
             frames.push(Frame::new(event.sequence, block));
+            if let Some(remaining) = &mut self.remaining {
+                remaining.has_delivered = true;
+                remaining.events = remaining.events.map(|events| events - 1);
+            }
             snapshot.ahead.pop_front();
         }
         if frames.is_empty() {
@@ -428,7 +586,11 @@ impl Cursor {
     /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
     fn frames(&self, number: usize, blocks: Vec<log::Found>) -> Vec<Frame> {
         if self.places.len() == 1 {
-            return blocks.into_iter().map(|found| Frame::new(found.sequence, found.block)).collect();
+            let frame = |found: log::Found| {
+                let is_event = found.stored.is_some();
+                Frame { is_event, ..Frame::new(found.sequence, found.block) }
+            };
+            return blocks.into_iter().map(frame).collect();
         }
         // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
         // base that is as high as it can be.
@@ -445,7 +607,8 @@ impl Cursor {
                 Some(_) | None => self.hub.0.broker.witness(self.epoch),
             };
             let position = Position::new(self.epoch, base, others.chain([this])).with_witness(witness);
-            Frame { own_id: Some(block.own_id(&position)), ..Frame::new(sequence, block) }
+            let is_event = stored.is_some();
+            Frame { own_id: Some(block.own_id(&position)), is_event, ..Frame::new(sequence, block) }
         };
         blocks.into_iter().map(frame).collect()
     }
@@ -455,6 +618,14 @@ impl Cursor {
         match fetched {
             Fetched::Moved(StartPoint { epoch, places, gap, snapshot: _ }) => {
                 self.listen_no_more();
+                if let Some(remaining) = self.remaining.as_mut().filter(|_| self.epoch != epoch) {
+                    // Its sequences were those of another stream.
+                    remaining.bound = match (remaining.last(), remaining.reason) {
+                        (Some(_), Completed::CaughtUp) => Bound::Time(Timestamp::now()),
+                        (Some(_), Completed::Until | Completed::Limit) => Bound::Sequence(0),
+                        (None, _) => std::mem::replace(&mut remaining.bound, Bound::Open),
+                    };
+                }
                 (self.epoch, self.places, self.turn) = (epoch, places.into_iter().collect(), 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
             }
@@ -495,8 +666,8 @@ impl Cursor {
 
     /// The gap from `requested` to where the client stands now.
     fn gap(&self, requested: &str, reason: GapReason) -> Frame {
-        let block = self.hub.gap(requested, &self.position(), reason);
-        Frame::new(self.places[self.turn].position, block)
+        let block = self.hub.gap(requested, &self.position(), reason).block(self.format);
+        Frame { is_event: false, ..Frame::new(self.places[self.turn].position, block) }
     }
 
     fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {

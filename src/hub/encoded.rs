@@ -8,13 +8,15 @@ use jiff::Timestamp;
 use crate::{
     event::{Epoch, Event},
     memory::{Memory, Part},
-    sse::{self, Block, Format},
+    wire::{self, Block, Format},
 };
 
 pub(super) struct EncodedEvent {
     pub event: Event,
     raw: OnceLock<Block>,
     json: OnceLock<Block>,
+    /// Boxed, because few events are asked for so.
+    ndjson: OnceLock<Box<Block>>,
 }
 
 /// How the events of one stream of NATS are encoded for one reader.
@@ -27,15 +29,16 @@ pub(super) struct Encoder<'m> {
 
 impl EncodedEvent {
     pub fn new(event: Event) -> EncodedEvent {
-        EncodedEvent { event, raw: OnceLock::new(), json: OnceLock::new() }
+        EncodedEvent { event, raw: OnceLock::new(), json: OnceLock::new(), ndjson: OnceLock::new() }
     }
 
     pub fn block(&self, encoder: Encoder<'_>) -> Block {
-        let encoded = match encoder.format {
-            Format::Raw => &self.raw,
-            Format::Json => &self.json,
-        };
-        encoded.get_or_init(|| encoder.encode(&self.event)).clone()
+        let encode = || encoder.encode(&self.event);
+        match encoder.format {
+            Format::Raw => self.raw.get_or_init(encode).clone(),
+            Format::Json => self.json.get_or_init(encode).clone(),
+            Format::Ndjson => Block::clone(self.ndjson.get_or_init(|| Box::new(encode()))),
+        }
     }
 
     /// Whether its sender wants it gone by now. The stream has dropped it; the node has only not forgotten it yet.
@@ -46,7 +49,7 @@ impl EncodedEvent {
 
 impl Encoder<'_> {
     pub fn encode(self, event: &Event) -> Block {
-        let block = sse::event(self.epoch, event, self.format);
+        let block = wire::event(self.epoch, event, self.format);
         let held = self.memory.hold(Part::Frames, block.len());
         block.keeping(held)
     }

@@ -48,8 +48,8 @@ use crate::{
     memory::{Held, Memory, Part, SMALL_BYTES},
     position::Position,
     shutdown::Ending,
-    sse::{Format, GapReason},
     subject::{Filter, Subject},
+    wire::{Format, GapReason},
 };
 
 /// Hints taken in one go before readers are woken.

@@ -12,8 +12,8 @@ use crate::{
     config,
     event::{Epoch, Event},
     memory::{Held, Memory, Part, SMALL_BYTES},
-    sse::Block,
     subject::Subject,
+    wire::{Block, Gap},
 };
 
 /// What an event takes in the log beside its payload, twice (as it came, and as a frame).
@@ -40,7 +40,7 @@ struct Entry {
 
 pub(super) enum Content {
     Event(EncodedEvent),
-    Gap(Block),
+    Gap(Gap),
 }
 
 /// What follows a position.
@@ -257,7 +257,7 @@ impl Entry {
 
     fn block(&self, encoder: Encoder<'_>) -> Block {
         match &self.content {
-            Content::Gap(block) => block.clone(),
+            Content::Gap(gap) => gap.block(encoder.format),
             Content::Event(encoded) => encoded.block(encoder),
         }
     }
@@ -271,7 +271,7 @@ impl Content {
     fn bytes(&self) -> usize {
         match self {
             Content::Event(encoded) => 2 * encoded.event.payload.len(),
-            Content::Gap(block) => block.len(),
+            Content::Gap(gap) => gap.len(),
         }
     }
 }

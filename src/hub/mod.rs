@@ -9,6 +9,7 @@
 mod broken_connections;
 mod cursor;
 mod encoded;
+mod ends;
 mod feed;
 mod log;
 #[cfg(test)]
@@ -33,6 +34,7 @@ use tokio::sync::Semaphore;
 
 pub use self::{
     cursor::{Cursor, Frame},
+    ends::{Completed, Ends, Until},
     feed::Seen as FeedSeen,
     progress::Progress,
     resume::{Opening, Start, StartAt},
@@ -52,8 +54,8 @@ use crate::{
     metrics::Metrics,
     panics,
     shutdown::Tasks,
-    sse::Format,
     subject::Filter,
+    wire::Format,
 };
 
 /// What `reader_map` is built on: replaced by loom's types in `tests/reader_map.rs`.
@@ -153,8 +155,9 @@ impl Hub {
         filters: &[Filter],
         start: Start,
         format: Format,
+        ends: Ends,
     ) -> Result<(Opening, Cursor), BrokerError> {
-        resume::subscribe(self, filters, start, format).await
+        resume::subscribe(self, filters, start, format, ends).await
     }
 
     /// The feed of `filter`, made if there is none, and kept at least as long as the reader that comes back. It may

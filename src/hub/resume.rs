@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use super::{
     Hub,
     cursor::{Cursor, Place, Snapshot},
+    ends::{Bound, Completed, Ends, Remaining, Until},
     feed::Reader,
     pages::{Ahead, SharedPage},
 };
@@ -27,8 +28,8 @@ use crate::{
     event::Epoch,
     memory::Held,
     position::{Position, Witness},
-    sse::{self, Block, Format, GapReason},
     subject::Filter,
+    wire::{Format, Gap, GapReason},
 };
 
 /// How much of an id that is none of ours is said again.
@@ -65,7 +66,7 @@ pub enum Opening {
     /// The position before the first event owed.
     Position(Position),
     /// What is missing, and the position after that.
-    Gap(Block),
+    Gap(Gap),
     /// A snapshot follows: there is no position before its first event.
     Snapshot,
 }
@@ -90,6 +91,7 @@ pub(super) async fn subscribe(
     filters: &[Filter],
     start: Start,
     format: Format,
+    ends: Ends,
 ) -> Result<(Opening, Cursor), BrokerError> {
     let resumes = start.last_event_id.is_some();
     // An EventSource that comes back with an id repeats its URL: what it asked for holds.
@@ -105,7 +107,8 @@ pub(super) async fn subscribe(
         },
     };
     let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.is_some());
-    let cursor = Cursor::new(hub.clone(), format, not_before, found);
+    let remaining = remaining(hub, &found, ends).await?;
+    let cursor = Cursor::new(hub.clone(), format, not_before, found, remaining);
     let opening = match gap {
         Some((requested, reason)) => Opening::Gap(hub.gap(&requested, &cursor.position(), reason)),
         None if is_snapshot => Opening::Snapshot,
@@ -118,6 +121,29 @@ pub(super) async fn subscribe(
     };
     hub.0.metrics.streams_opened.with_label_values(&[start]).inc();
     Ok((opening, cursor))
+}
+
+/// Where a stream is to end, as far as it is known when it begins.
+async fn remaining(hub: &Hub, found: &StartPoint, ends: Ends) -> Result<Option<Remaining>, BrokerError> {
+    let (bound, reason) = match ends.until {
+        None if ends.limit.is_none() => return Ok(None),
+        None => (Bound::Open, Completed::Limit),
+        // The leader's word: an event whose publish was answered before counts.
+        Some(Until::Now) => (Bound::Sequence(hub.0.broker.bounds().await?.last), Completed::CaughtUp),
+        Some(Until::Position(position)) => {
+            let places = found.places.iter().map(|place| position.of(Place::tag(&place.reader)));
+            (Bound::Sequence(places.max().unwrap_or(0)), Completed::Until)
+        }
+        Some(Until::Time(time)) if time > Timestamp::now() => (Bound::Time(time), Completed::Until),
+        Some(Until::Time(time)) => {
+            let filter = Filter::parse(">").expect("it is one");
+            let later = time.checked_add(Duration::from_nanos(1)).unwrap_or(time);
+            let read = Read { filter, from: ReadFrom::Time(later), until: 0 };
+            let (page, ..) = hub.read_history(read).await?;
+            (Bound::Sequence(page.start), Completed::Until)
+        }
+    };
+    Ok(Some(Remaining::new(ends.limit, bound, reason, ends.wait)))
 }
 
 async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<StartPoint, BrokerError> {
@@ -379,8 +405,8 @@ impl Hub {
         }
     }
 
-    pub(super) fn gap(&self, requested: &str, resumed: &Position, reason: GapReason) -> Block {
+    pub(super) fn gap(&self, requested: &str, resumed: &Position, reason: GapReason) -> Gap {
         self.0.metrics.gaps.with_label_values(&[reason.as_str()]).inc();
-        sse::gap(requested, resumed, reason)
+        Gap { requested: requested.to_owned(), resumed: resumed.to_string(), reason }
     }
 }

@@ -23,8 +23,8 @@ use crate::{
     config::Config,
     event::EventId,
     position::{Position, Tag},
-    sse::Framing,
     subject::Subject,
+    wire::Framing,
 };
 
 /// Longer than anything takes on a clock that stands still while there is work.
@@ -182,7 +182,7 @@ fn after(id: EventId) -> Start {
 }
 
 async fn subscribe(hub: &Hub, filter: &str, start: Start) -> (Opening, Cursor) {
-    hub.subscribe(&filters(&[filter]), start, Format::Raw).await.unwrap()
+    hub.subscribe(&filters(&[filter]), start, Format::Raw, Ends::default()).await.unwrap()
 }
 
 fn filters(texts: &[&str]) -> Vec<Filter> {
@@ -202,7 +202,7 @@ async fn take(cursor: &mut Cursor, count: usize) -> Vec<u64> {
 fn text(opening: &Opening) -> String {
     match opening {
         Opening::Position(id) => id.to_string(),
-        Opening::Gap(block) => String::from_utf8(block.text().to_vec()).unwrap(),
+        Opening::Gap(gap) => String::from_utf8(gap.block(Format::Raw).text().to_vec()).unwrap(),
         Opening::Snapshot => "a snapshot".into(),
     }
 }
@@ -237,7 +237,7 @@ async fn scenario(seed: u64, trusts_hints: bool) -> Vec<(&'static str, Vec<u64>,
         if dice.random_ratio(1, 20) {
             let _ = timeout(Duration::from_millis(1), reader.next()).await.map(|frames| {
                 let first = frames[0].sequence;
-                reader.give_back_after(first - 1);
+                reader.give_back_after(first - 1, 0);
             });
         }
     }
@@ -346,7 +346,8 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
         let wanted = filters(&["a.*", "*.0", "a.0", "c", "b.>"]);
         let wanted = Filter::fold(wanted);
         assert_eq!(wanted.len(), 4);
-        let (opening, mut cursor) = hub.subscribe(&wanted, from(StartAt::Now), Format::Raw).await.unwrap();
+        let (opening, mut cursor) =
+            hub.subscribe(&wanted, from(StartAt::Now), Format::Raw, Ends::default()).await.unwrap();
         let Opening::Position(mut position) = opening else { panic!("{opening:?}") };
         let (mut owed, mut got) = (vec![], vec![]);
         for round in 0..40 {
@@ -363,14 +364,14 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
                     position = id_of(frame);
                     got.push(frame.sequence);
                 }
-                cursor.give_back_after(frames[arrived - 1].sequence);
+                cursor.give_back_after(frames[arrived - 1].sequence, 0);
             }
             if dice.random_ratio(1, 3) {
                 position = cursor.quiet_position().unwrap_or(position);
             }
             if dice.random_ratio(1, 3) {
                 let back = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
-                let (opening, again) = hub.subscribe(&wanted, back, Format::Raw).await.unwrap();
+                let (opening, again) = hub.subscribe(&wanted, back, Format::Raw, Ends::default()).await.unwrap();
                 assert!(matches!(opening, Opening::Position(_)), "seed {seed}: {opening:?}");
                 cursor = again;
             }
@@ -398,7 +399,7 @@ async fn a_snapshot_that_dies_halfway_goes_on_from_there() {
     let state: Vec<_> = (201..=500).collect();
     let mut got = take(&mut cursor, 10).await;
     broker.publish("s.0").await;
-    cursor.give_back_after(205);
+    cursor.give_back_after(205, 0);
     got.truncate(5);
     got.extend(take(&mut cursor, 296).await);
     assert_eq!(got, [&state[..], &[501]].concat());
@@ -428,13 +429,14 @@ async fn an_unknown_id_before_a_snapshot_does_not_stand_behind_it() {
 async fn a_filter_that_is_new_to_an_id_begins_at_its_lowest() {
     let broker = Faulty::new(8);
     let hub = hub(&broker, |_| {});
-    let (_, mut cursor) = hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), Format::Raw).await.unwrap();
+    let (_, mut cursor) =
+        hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), Format::Raw, Ends::default()).await.unwrap();
     broker.publish("new").await;
     broker.publish("a").await;
     let frames = timeout(BOUND, cursor.next()).await.unwrap();
     let id = id_of(&frames[0]).to_string();
     let back = Start { last_event_id: Some(id), at: StartAt::Now };
-    let (_, mut cursor) = hub.subscribe(&filters(&["a", "new"]), back, Format::Raw).await.unwrap();
+    let (_, mut cursor) = hub.subscribe(&filters(&["a", "new"]), back, Format::Raw, Ends::default()).await.unwrap();
     broker.publish("a").await;
     let mut got = take(&mut cursor, 2).await;
     got.sort_unstable();
@@ -468,7 +470,7 @@ async fn a_place_that_moved_past_skipped_events_is_told() {
     let position = Position::new(epoch, 1, [(tags[0], 3)]);
     let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
 
-    let (_, mut cursor) = hub.subscribe(&wanted, start, Format::Raw).await.unwrap();
+    let (_, mut cursor) = hub.subscribe(&wanted, start, Format::Raw, Ends::default()).await.unwrap();
 
     assert!(timeout(BOUND, cursor.next()).await.is_err(), "everything was handed over before");
     let told = cursor.quiet_position().expect("its place has moved");
@@ -574,7 +576,7 @@ async fn filters_that_begin_now_begin_at_the_same_moment() {
     let _behind = subscribe(&hub, "a.*", from(StartAt::Now)).await;
     broker.publish("a.0").await;
     let both = filters(&["a.*", "*.0"]);
-    let (opening, mut cursor) = hub.subscribe(&both, from(StartAt::Now), Format::Raw).await.unwrap();
+    let (opening, mut cursor) = hub.subscribe(&both, from(StartAt::Now), Format::Raw, Ends::default()).await.unwrap();
     let id = broker.publish("a.0").await;
     assert_eq!(text(&opening), EventId { sequence: id.sequence - 1, ..id }.to_string());
     assert_eq!(take(&mut cursor, 1).await, [id.sequence]);
@@ -615,7 +617,7 @@ async fn who_stalls_while_a_page_is_read_holds_up_nobody_who_wants_it_too() {
 
     // Its page is under way, and what was there before does not get through to its client.
     assert!(stalled.next().now_or_never().is_none());
-    stalled.give_back_after(first.sequence);
+    stalled.give_back_after(first.sequence, 0);
 
     assert_eq!(take(&mut other, 1).await, [2]);
     assert_eq!(take(&mut stalled, 1).await, [2]);

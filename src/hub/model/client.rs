@@ -8,10 +8,10 @@ use proptest::sample::Index;
 use super::stream::{Stored, Stream, Streams};
 use crate::{
     event::{Epoch, Event, EventId},
-    hub::{Cursor, Hub, Opening, Start, StartAt},
+    hub::{Cursor, Ends, Hub, Opening, Start, StartAt},
     position::{Position, Tag},
-    sse::{Format, Framing},
     subject::Filter,
+    wire::{Format, Framing},
 };
 
 /// Where a client begins.
@@ -65,7 +65,9 @@ impl Client {
         let filters = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
         let mut client = Client { filters, ..Client::default() };
         let start = Start { last_event_id: None, at: at.clone() };
-        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw).await else { return client };
+        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw, Ends::default()).await else {
+            return client;
+        };
         client.cursor = Some(cursor);
         client.begun = client.open(streams, opening);
         if client.begun.is_none() {
@@ -86,8 +88,8 @@ impl Client {
                 self.moves_to(streams, position.clone());
                 Some(position)
             }
-            Opening::Gap(block) => {
-                self.receive(streams, block.text());
+            Opening::Gap(gap) => {
+                self.receive(streams, gap.block(Format::Raw).text());
                 self.gaps.last().map(|gap| &gap.requested).or(self.position.as_ref()).cloned()
             }
         }
@@ -142,7 +144,7 @@ impl Client {
     pub async fn come_back(&mut self, hub: &Hub, streams: &Streams) {
         let (None, Some(position)) = (&self.cursor, self.position.clone()) else { return };
         let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
-        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw).await {
+        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw, Ends::default()).await {
             self.cursor = Some(cursor);
             if let Opening::Position(told) = &opening {
                 let stands =
@@ -162,7 +164,7 @@ impl Client {
                 let Some(last) = arrive.min(frames.len()).checked_sub(1) else {
                     return self.leave();
                 };
-                cursor.give_back_after(frames[last].sequence);
+                cursor.give_back_after(frames[last].sequence, 0);
                 for frame in &frames[..=last] {
                     self.receive(streams, &frame.pieces(Framing::Close).concat());
                 }

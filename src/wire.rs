@@ -1,6 +1,7 @@
-//! Turns events into the bytes of `text/event-stream` (WHATWG HTML, section 9.2, "Server-sent events"). Pure: knows
-//! nothing of connections, readers or brokers.
+//! Turns events into the bytes of `text/event-stream` (WHATWG HTML, section 9.2, "Server-sent events") or of NDJSON lines. Pure:
+//! knows nothing of connections, readers or brokers.
 //!
+//! # Server-sent events
 //! Real readers, not only the standard, shape this module:
 //! - CR, LF and CRLF all end a line, so a payload's CR and CRLF can only travel as LF.
 //! - An `id:` without data sets no last event id in Firefox, WebKit and many libraries, and is an empty message to others.
@@ -36,6 +37,18 @@ pub enum Format {
     Raw,
     /// One JSON object in `data:`, byte-exact, and no `event:`, so that `onmessage` sees all.
     Json,
+    /// The same object as a line, and nothing around it. Lines of the gateway's own have no `subject`.
+    Ndjson,
+}
+
+impl Format {
+    pub fn content_type(self) -> &'static str {
+        match self {
+            // Without a charset, which a library's documented check does not expect: the format is always UTF-8.
+            Format::Raw | Format::Json => "text/event-stream",
+            Format::Ndjson => "application/x-ndjson",
+        }
+    }
 }
 
 /// How a response's body is framed on its connection.
@@ -47,23 +60,27 @@ pub enum Framing {
     Close,
 }
 
-/// One block of a stream, encoded once for all its readers. Its last line but the blank one is its `id:`.
+/// One block of a stream, encoded once for all its readers. Its last line but the blank one is its `id:`; as NDJSON it is one
+/// line.
 #[derive(Clone, Debug)]
 pub struct Block {
     /// The block as a chunk.
     chunk: Bytes,
     /// Where the block begins in the chunk.
     start: u32,
-    /// Where its `id:` line begins.
-    id_start: u32,
+    /// What all readers share, whatever their ids are: from here...
+    shared_start: u32,
+    /// ...to here, where the `id:` line begins; of NDJSON, to the end of the line.
+    shared_end: u32,
 }
 
-/// The `id:` line of one reader, in the place of a block's own.
+/// The position of one reader, in the place of a block's own.
 #[derive(Clone, Debug)]
 pub struct OwnId {
-    /// The head of the chunk, then the line, the blank line and the end of the chunk.
+    /// The head of the chunk, what stands before the shared part and what stands behind it, the end of the chunk.
     bytes: Box<[u8]>,
-    line_start: usize,
+    head_end: usize,
+    shared_at: usize,
 }
 
 /// Why some events that a reader was owed are missing.
@@ -91,6 +108,14 @@ impl GapReason {
 }
 
 impl Framing {
+    /// The end of a body that is complete: without it, the body was cut.
+    pub fn end(self) -> &'static [u8] {
+        match self {
+            Framing::Chunked => b"0\r\n\r\n",
+            Framing::Close => b"",
+        }
+    }
+
     /// A comment line and nothing more: some client libraries dispatch on every blank line.
     pub fn heartbeat(self) -> Bytes {
         Bytes::from_static(match self {
@@ -102,6 +127,8 @@ impl Framing {
     /// Text of this module as it is written to the connection.
     pub fn frame(self, text: &str) -> Bytes {
         match self {
+            // An empty chunk would be the end of the body.
+            _ if text.is_empty() => Bytes::new(),
             Framing::Chunked => [&chunk_head(text.len()), text, CHUNK_END].concat().into(),
             Framing::Close => text.to_owned().into(),
         }
@@ -113,14 +140,30 @@ impl Block {
     fn new(mut lines: Vec<u8>, id: &dyn Display) -> Block {
         let id_start = lines.len();
         write!(lines, "id: {id}\n\n").expect("a vector takes everything");
+        Block::framed(lines, 0, id_start)
+    }
+
+    /// A block of one line of JSON, an object.
+    fn line(json: &str) -> Block {
+        let mut line = Block::room(json.len() + 1 + CHUNK_END.len());
+        push(&mut line, &[json, "\n"]);
+        let end = line.len();
+        Block::framed(line, 1, end)
+    }
+
+    /// The text behind [`Block::room`] as a chunk. Readers with ids of their own share all but its first `own_bytes`, up to
+    /// `shared_end`.
+    fn framed(mut lines: Vec<u8>, own_bytes: u32, shared_end: usize) -> Block {
         let head = chunk_head(lines.len() - CHUNK_HEAD_BYTES_MAX);
         let unused = CHUNK_HEAD_BYTES_MAX - head.len();
         lines[unused..CHUNK_HEAD_BYTES_MAX].copy_from_slice(head.as_bytes());
         lines.extend_from_slice(CHUNK_END.as_bytes());
+        let start = head.len() as u32;
         Block {
             chunk: Bytes::from(lines).slice(unused..),
-            start: head.len() as u32,
-            id_start: (id_start - unused) as u32,
+            start,
+            shared_start: start + own_bytes,
+            shared_end: (shared_end - unused) as u32,
         }
     }
 
@@ -162,22 +205,30 @@ impl Block {
             (None, Framing::Chunked) => [&self.chunk, &[], &[]],
             (None, Framing::Close) => [self.text(), &[], &[]],
             (Some(own), framing) => {
-                let fields = &self.chunk[self.start as usize..self.id_start as usize];
-                let (head, line) = own.bytes.split_at(own.line_start);
+                let shared = &self.chunk[self.shared_start as usize..self.shared_end as usize];
+                let (before, behind) = own.bytes.split_at(own.shared_at);
                 match framing {
-                    Framing::Chunked => [head, fields, line],
-                    Framing::Close => [fields, &line[..line.len() - CHUNK_END.len()], &[]],
+                    Framing::Chunked => [before, shared, behind],
+                    Framing::Close => [&before[own.head_end..], shared, &behind[..behind.len() - CHUNK_END.len()]],
                 }
             }
         }
     }
 
-    /// The line with `id` for one reader of this block.
+    /// The position `id` for one reader of this block.
     pub fn own_id(&self, id: &dyn Display) -> OwnId {
-        let line = format!("id: {id}\n\n");
-        let fields = (self.id_start - self.start) as usize;
-        let head = chunk_head(fields + line.len());
-        OwnId { line_start: head.len(), bytes: [&head, &*line, CHUNK_END].concat().into_bytes().into() }
+        let is_line = self.shared_start > self.start;
+        let (before, behind) = match is_line {
+            true => (format!("{{\"position\":\"{id}\","), String::new()),
+            false => (String::new(), format!("id: {id}\n\n")),
+        };
+        let shared = (self.shared_end - self.shared_start) as usize;
+        let head = chunk_head(before.len() + shared + behind.len());
+        OwnId {
+            head_end: head.len(),
+            shared_at: head.len() + before.len(),
+            bytes: [&head, &*before, &behind, CHUNK_END].concat().into_bytes().into(),
+        }
     }
 }
 
@@ -189,42 +240,86 @@ pub fn event(epoch: Epoch, event: &Event, format: Format) -> Block {
         (Format::Raw, Ok(text)) => raw(&position, event, text),
         (Format::Raw, Err(_)) => block(&position, Some("tidegate.binary"), &json(&id, event)),
         (Format::Json, _) => block(&position, None, &json(&id, event)),
+        (Format::Ndjson, _) => Block::line(&json(&id, event)),
     }
 }
 
-/// The block that says which events can't be delivered: those after `requested`, up to and including `resumed`.
-/// `requested` is what the client sent where that was no id of ours.
-pub fn gap(requested: &str, resumed: &dyn Display, reason: GapReason) -> Block {
-    #[derive(Serialize)]
-    struct Gap<'a> {
-        requested: &'a str,
-        resumed: String,
-        reason: &'a str,
+/// Which events can't be delivered: those after `requested`, up to and including `resumed`.
+#[derive(Clone, Debug)]
+pub struct Gap {
+    /// A position; what the client sent where that was no id of ours.
+    pub requested: String,
+    pub resumed: String,
+    pub reason: GapReason,
+}
+
+impl Gap {
+    /// The block that says so.
+    pub fn block(&self, format: Format) -> Block {
+        let Gap { requested, resumed, reason } = self;
+        let reason = reason.as_str();
+        match format {
+            Format::Raw | Format::Json => {
+                #[derive(Serialize)]
+                struct Data<'a> {
+                    requested: &'a str,
+                    resumed: &'a str,
+                    reason: &'a str,
+                }
+                let data =
+                    serde_json::to_string(&Data { requested, resumed, reason }).expect("strings always serialize");
+                block(resumed, Some("tidegate.gap"), &data)
+            }
+            Format::Ndjson => Block::line(&own_line(
+                "tidegate.gap",
+                Some(resumed),
+                &[("requested", requested), ("resumed", resumed), ("reason", reason)],
+            )),
+        }
     }
-    let data = Gap { requested, resumed: resumed.to_string(), reason: reason.as_str() };
-    let data = serde_json::to_string(&data).expect("strings and a unit enum always serialize");
-    block(resumed, Some("tidegate.gap"), &data)
+
+    /// What it takes in memory, in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "no gap is empty")]
+    pub fn len(&self) -> usize {
+        self.requested.len() + self.resumed.len()
+    }
 }
 
 /// The event that moves the reader's position, and says nothing else.
-pub fn position(id: &dyn Display) -> String {
-    format!("event: {POSITION}\ndata: {{}}\nid: {id}\n\n")
+pub fn position(format: Format, id: &dyn Display) -> String {
+    match format {
+        Format::Raw | Format::Json => format!("event: {POSITION}\ndata: {{}}\nid: {id}\n\n"),
+        Format::Ndjson => own_line(POSITION, Some(id), &[]) + "\n",
+    }
 }
 
-/// The first line of every stream: how long to wait before reconnecting. A block follows at once, or with the first event
+/// What every stream begins with: how long to wait before reconnecting. A block follows at once, or with the first event
 /// where nothing is to be said before it: a blank line here would be an empty message to some readers.
-pub fn opening(retry: Duration) -> String {
-    format!("retry: {}\n", retry.as_millis())
+pub fn opening(format: Format, retry: Duration) -> String {
+    match format {
+        Format::Raw | Format::Json => format!("retry: {}\n", retry.as_millis()),
+        Format::Ndjson => String::new(),
+    }
 }
 
 /// The event that warns of a token's end.
-pub fn token_expiring(expires: Timestamp, id: Option<&dyn Display>) -> String {
-    format!("event: tidegate.token-expiring\ndata: {{\"expires\":\"{expires}\"}}\n{}\n", id_line(id))
+pub fn token_expiring(format: Format, expires: Timestamp, id: Option<&dyn Display>) -> String {
+    const TYPE: &str = "tidegate.token-expiring";
+    match format {
+        Format::Raw | Format::Json => {
+            format!("event: {TYPE}\ndata: {{\"expires\":\"{expires}\"}}\n{}\n", id_line(id))
+        }
+        Format::Ndjson => own_line(TYPE, id, &[("expires", &expires.to_string())]) + "\n",
+    }
 }
 
-/// The last event of a stream that the gateway ends by its own will: why, and when to come back.
-pub fn bye(retry: Duration, reason: &str, id: Option<&dyn Display>) -> String {
-    farewell("tidegate.bye", retry, reason, &id_line(id))
+/// The last event of a stream that the gateway ends: why, and when to come back. As NDJSON it is `tidegate.end`: a body without
+/// that line was cut.
+pub fn bye(format: Format, retry: Duration, reason: &str, id: Option<&dyn Display>) -> String {
+    match format {
+        Format::Raw | Format::Json => farewell("tidegate.bye", retry, reason, &id_line(id)),
+        Format::Ndjson => own_line("tidegate.end", id, &[("reason", reason)]) + "\n",
+    }
 }
 
 /// All that a stream says which is refused for now: why, and when to come back. The id that the reader presented is said
@@ -238,6 +333,17 @@ pub fn refused(retry: Duration, reason: &str, presented: Option<&str>) -> String
 fn farewell(kind: &str, retry: Duration, reason: &str, id_line: &str) -> String {
     let data = serde_json::json!({ "reason": reason });
     format!("event: {kind}\nretry: {}\ndata: {data}\n{id_line}\n", retry.as_millis())
+}
+
+/// A line of the gateway's own: `{"type","id",...}`.
+fn own_line(kind: &str, id: Option<&dyn Display>, fields: &[(&str, &str)]) -> String {
+    let id = id.map(|id| id.to_string());
+    let fields = id.iter().map(|id| ("id", &**id)).chain(fields.iter().copied());
+    let fields = fields.map(|(name, value)| {
+        let value = serde_json::to_string(value).expect("a string always serializes");
+        format!(",\"{name}\":{value}")
+    });
+    format!("{{\"type\":\"{kind}\"{}}}", fields.collect::<String>())
 }
 
 fn chunk_head(bytes: usize) -> String {

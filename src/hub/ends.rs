@@ -1,0 +1,112 @@
+//! Where a stream ends by its client's wish: after so many events, at a place, at a time, or once it has caught up.
+
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use crate::position::Position;
+
+/// What a client wishes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// After so many events.
+    pub limit: Option<u64>,
+    pub until: Option<Until>,
+    /// Where nothing is there up to the end: how long to wait for a first event.
+    pub wait: Duration,
+}
+
+/// The last place of a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// What is stored when the request arrives.
+    Now,
+    Position(Position),
+    /// What is stored at this time or before.
+    Time(Timestamp),
+}
+
+/// Why a stream has ended by its client's wish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completed {
+    CaughtUp,
+    Until,
+    Limit,
+}
+
+impl Completed {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Completed::CaughtUp => "caught-up",
+            Completed::Until => "until",
+            Completed::Limit => "limit",
+        }
+    }
+}
+
+/// How far a stream is from its end.
+pub(super) struct Remaining {
+    /// Events that may still be handed over.
+    pub events: Option<u64>,
+    pub bound: Bound,
+    /// What reaching the bound is called.
+    pub reason: Completed,
+    pub has_delivered: bool,
+    /// Until when a first event is waited for.
+    pub wait_until: Option<Instant>,
+    /// When feeds were last asked to read up to the bound.
+    pub asked_at: Option<Instant>,
+}
+
+pub(super) enum Bound {
+    /// There is none, or none any more.
+    Open,
+    /// This sequence is the last.
+    Sequence(u64),
+    /// What is stored up to then, which is to come.
+    Time(Timestamp),
+    /// That time has come, and the leader is asked for the last sequence.
+    Resolving(BoxFuture<'static, u64>),
+}
+
+/// How often feeds are asked again to read up to the bound.
+pub(super) const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+impl Remaining {
+    pub fn new(limit: Option<u64>, bound: Bound, reason: Completed, wait: Duration) -> Remaining {
+        let wait_until = (!wait.is_zero()).then(|| Instant::now() + wait);
+        Remaining { events: limit, bound, reason, has_delivered: false, wait_until, asked_at: None }
+    }
+
+    /// The last sequence, where it is known.
+    pub fn last(&self) -> Option<u64> {
+        match self.bound {
+            Bound::Sequence(last) => Some(last),
+            Bound::Open | Bound::Time(_) | Bound::Resolving(_) => None,
+        }
+    }
+
+    /// Whether an event comes after the end.
+    pub fn is_beyond(&self, sequence: u64, stored: Option<Timestamp>) -> bool {
+        match self.bound {
+            Bound::Sequence(last) => sequence > last,
+            Bound::Time(time) => stored.is_some_and(|stored| stored > time),
+            Bound::Open | Bound::Resolving(_) => false,
+        }
+    }
+
+    /// When there is something to do, whatever happens until then.
+    pub fn due(&self) -> Option<Instant> {
+        let resolve = match self.bound {
+            Bound::Time(time) => {
+                let left = Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
+                Instant::now().checked_add(left)
+            }
+            Bound::Open | Bound::Sequence(_) | Bound::Resolving(_) => None,
+        };
+        let ask = self.asked_at.map(|at| at + ASK_AGAIN);
+        [resolve, ask, self.wait_until].into_iter().flatten().min()
+    }
+}
