@@ -243,7 +243,7 @@ fn queries() -> Vec<(Request, Answer)> {
             Problem(400, "too_many_filters", "at most 64 filters, not 65"),
         ),
         (get("/events?subject=a&subject=b..c"), Problem(400, "invalid_subject", "may not be empty")),
-        (get("/events/demo?format=xml"), Problem(400, VALUE, r#""raw" (the default) or "json", not "xml""#)),
+        (get("/events/demo?format=xml"), Problem(400, VALUE, r#""raw" (the default), "json" or "ndjson", not "xml""#)),
         (get("/events/demo?format=JSON"), Problem(400, VALUE, r#"not "JSON""#)),
         (get("/events/demo?format="), Problem(400, VALUE, r#"not """#)),
         (get("/events/demo?format"), Problem(400, VALUE, r#"not """#)),
