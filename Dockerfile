@@ -17,6 +17,7 @@ RUN mkdir -p src benches/fanout \
     && touch src/lib.rs \
     && cargo build --release --locked
 COPY nats/stream.json nats/
+COPY web web
 COPY src src
 # Newer than what stood in their place.
 RUN touch src/main.rs src/lib.rs && cargo build --release --locked

@@ -38,6 +38,7 @@ pub struct Config {
     pub address_header: AddressHeader,
     pub admin: Admin,
     pub cors: Cors,
+    pub console: Console,
     pub log: Log,
     pub debug: Debug,
     pub auth: Auth,
@@ -74,6 +75,13 @@ pub struct Cors {
     pub credentials: bool,
     #[serde(deserialize_with = "duration")]
     pub max_age: Duration,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    pub enabled: bool,
+    pub images: Vec<String>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -333,6 +341,12 @@ impl Config {
         if let Some(origin) = self.cors.origins.iter().find(|origin| !is_origin(origin)) {
             return rule(format!(
                 "cors.origins has {origin:?}, but holds origins such as \"https://app.example.com\", or \"*\""
+            ));
+        }
+        let is_https = |origin: &&String| origin.starts_with("https://") && is_origin(origin);
+        if let Some(origin) = self.console.images.iter().find(|origin| !is_https(origin)) {
+            return rule(format!(
+                "console.images has {origin:?}, but holds origins such as \"https://images.example.com\""
             ));
         }
         Ok(self)

@@ -174,6 +174,7 @@ impl Gateway {
             leaving: leaving.clone(),
             draining: draining.clone(),
             absence: Arc::new(http::Absence::bearable_for(config.nats.away_after)),
+            console: config.console.clone(),
         };
         let servers = Servers::start(app, public, (admin, config.admin.connections)).await?;
         Ok(Gateway {

@@ -169,8 +169,9 @@ fn subjects() -> Vec<(Request, Answer)> {
 fn methods() -> Vec<(Request, Answer)> {
     const METHOD: &str = "method_not_allowed";
     let mut rows = vec![
-        (get("/"), Problem(404, "not_found", "/events/{subject}")),
-        (post("/"), Problem(404, "not_found", "/events/{subject}")),
+        (get("/nothing"), Problem(404, "not_found", "/events/{subject}")),
+        (post("/"), Problem(405, "method_not_allowed", "GET, HEAD")),
+        (post("/nothing"), Problem(404, "not_found", "/events/{subject}")),
         (get("/event/demo"), Problem(404, "not_found", "/events/{subject}")),
         (get("/Events/demo"), Problem(404, "not_found", "/events/{subject}")),
         (get("/eventsdemo"), Problem(404, "not_found", "/events/{subject}")),
@@ -185,7 +186,7 @@ fn methods() -> Vec<(Request, Answer)> {
         (Request::new("HEAD", "/events/demo"), Status(200)),
         (Request::new("HEAD", "/events"), Status(400)),
         (Request::new("HEAD", "/events/a..b"), Status(400)),
-        (Request::new("HEAD", "/"), Status(404)),
+        (Request::new("HEAD", "/nothing"), Status(404)),
     ];
     for method in ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "QUERY", "get"] {
         rows.push((Request::new(method, "/events/demo"), Problem(405, METHOD, "allowed here: GET, HEAD, POST")));

@@ -142,7 +142,9 @@ fn links_lead_somewhere() {
             }
             let (file, heading) = link.split_once('#').unwrap_or((link, ""));
             let target = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
-            let Ok(target) = fs::read_to_string(&target).or_else(|_| fs::read_dir(&target).map(|_| String::new()))
+            let Ok(target) = fs::read(&target)
+                .map(|text| String::from_utf8_lossy(&text).into_owned())
+                .or_else(|_| fs::read_dir(&target).map(|_| String::new()))
             else {
                 wrong.push(format!("{name}: {link}"));
                 continue;

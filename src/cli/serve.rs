@@ -56,7 +56,7 @@ fn greet(gateway: &Gateway) -> Result<ExitCode, Failure> {
     let version = env!("CARGO_PKG_VERSION");
     let how = match is_open {
         true => format!(
-            "try:\n  curl -N 'http://{listen}/events/demo?from=first'\n  curl -d hello http://{listen}/events/demo\n"
+            "try:\n  open http://{listen}/ in a browser, or\n  curl -N 'http://{listen}/events/demo?from=first'\n  curl -d hello http://{listen}/events/demo\n"
         ),
         false => String::new(),
     };

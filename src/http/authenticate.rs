@@ -198,7 +198,7 @@ fn follows_link(request: &HttpRequest) -> bool {
 }
 
 /// Refuses what comes, or may come, from beyond this machine.
-fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
+pub(super) fn check_local(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
     let headers = request.headers();
     let by_proxy =
         |name: &HeaderName| local::PROXY_HEADERS.into_iter().find(|other| name.as_str().eq_ignore_ascii_case(other));

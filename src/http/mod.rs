@@ -12,6 +12,7 @@ pub mod error;
 mod fuzz;
 mod health;
 mod middleware;
+mod pages;
 mod publish;
 mod query;
 mod subscribe;
@@ -96,6 +97,7 @@ pub struct App {
     /// Cancelled when the node begins to drain.
     pub draining: CancellationToken,
     pub absence: Arc<Absence>,
+    pub console: config::Console,
 }
 
 /// The URL space of the public listener. Matched by hand: actix's patterns are regular expressions, and one that finds
@@ -104,7 +106,7 @@ async fn route(app: web::Data<App>, request: HttpRequest, payload: web::Payload)
     let names_subject = match request.path().strip_prefix("/events") {
         Some("") => false,
         Some(rest) if rest.starts_with('/') => true,
-        _ => return not_found(app, request).await,
+        _ => return pages::serve(&app, &request).unwrap_or_else(|error| app.refuse(&request, &error)),
     };
     // Streams and batches know much while they run; a publish need not pay for their room.
     match (request.method(), names_subject) {
