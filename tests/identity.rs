@@ -109,11 +109,13 @@ fn an_older_copy_of_the_store_is_told_of_and_new_events_arrive_once() {
     }
 }
 
-#[test]
-fn a_memory_stream_whose_server_restarted_is_told_of() {
+/// Has a stream of a cluster, with this storage and so many replicas, count anew, and looks at it from gateways that saw it and
+/// from one that did not. `restart` is handed the node that leads the stream.
+fn count_anew(storage: &str, replicas: usize, restart: impl Fn(&mut Cluster, usize)) {
     let mut cluster = Cluster::start();
     let mut config: Value = serde_json::from_str(include_str!("../nats/stream.json")).unwrap();
-    (config["storage"], config["placement"]) = (json!("memory"), Value::Null);
+    (config["storage"], config["placement"]) = (json!(storage), Value::Null);
+    config["num_replicas"] = json!(replicas);
     let deadline = Instant::now() + 2 * PATIENCE;
     let leader = loop {
         // They have yet to elect who makes streams.
@@ -125,25 +127,59 @@ fn a_memory_stream_whose_server_restarted_is_told_of() {
         assert!(Instant::now() < deadline, "{answer}");
     };
     let holder = (0..3).find(|number| leader == format!("node-{number}")).unwrap();
-    // One gateway is connected to the server that restarts, the other is not.
-    let gateways = [holder, (holder + 1) % 3]
-        .map(|node| Launch::new().flag("--nats", &format!("nats://{}", cluster.nodes[node].address())).start());
+    // One gateway is connected to the server that leads, the other is not.
+    let launch = |node: &NatsServer| {
+        let launch = Launch::new().flag("--nats", &format!("nats://{}", node.address()));
+        launch.with("nats.stream.replicas", &replicas.to_string()).with("nats.stream.manage", "false")
+    };
+    let gateways = [holder, (holder + 1) % 3].map(|node| launch(&cluster.nodes[node]).start());
     let mut streams: Vec<_> = gateways.iter().flat_map(open).collect();
     let old = store(&cluster.nodes[(holder + 1) % 3], "old", 10);
     for stream in &mut streams {
         assert_eq!(stream.data(10), old);
     }
+    let old_ids: Vec<_> = streams.iter().take(TARGETS.len()).map(|stream| stream.last_event_id.clone()).collect();
 
-    cluster.nodes[holder].restart();
+    restart(&mut cluster, holder);
     let new = store(&cluster.nodes[(holder + 2) % 3], "new", 15);
 
     for stream in &mut streams {
         assert_eq!(after_the_gap(stream, 15), ("rewound".into(), new.clone()));
     }
-    for gateway in &gateways {
+    let fresh = launch(&cluster.nodes[(holder + 2) % 3]).start();
+    for gateway in gateways.iter().chain([&fresh]) {
         wait_until_ready(gateway);
         assert_eq!(gateway.stream("/events/demo?from=first").data(15), new);
+        for (target, old_id) in TARGETS.iter().zip(&old_ids) {
+            let mut away = gateway.resume(target, old_id);
+            assert_eq!(after_the_gap(&mut away, 15), ("rewound".into(), new.clone()));
+        }
+        let request = Request::post("/events/demo").header("If-Match", format!("\"{}\"", old_ids[0]));
+        assert_eq!(gateway.ask(request.body("instead")).status, 412);
     }
+}
+
+#[test]
+fn a_memory_stream_whose_server_restarted_is_told_of() {
+    count_anew("memory", 1, |cluster, holder| cluster.nodes[holder].restart());
+}
+
+#[test]
+fn a_memory_stream_whose_servers_all_restarted_is_told_of() {
+    count_anew("memory", 3, |cluster, _| {
+        cluster.nodes.iter_mut().for_each(NatsServer::kill);
+        cluster.nodes.iter_mut().for_each(NatsServer::resume);
+    });
+}
+
+#[test]
+fn a_stream_that_came_back_on_an_empty_disk_is_told_of() {
+    count_anew("file", 1, |cluster, holder| {
+        let node = &mut cluster.nodes[holder];
+        node.kill();
+        node.wipe();
+        node.resume();
+    });
 }
 
 /// On a single server up to 2.14.0 the time at which a stream was made changes at the restart after any edit.

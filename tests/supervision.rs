@@ -5,14 +5,15 @@ mod support;
 use std::{
     io::{BufRead, BufReader, Write},
     net::TcpStream,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use support::{
     PATIENCE,
+    cut::{Cut, Flow},
     gateway::{Gateway, Launch},
     http::Request,
-    nats::NatsServer,
+    nats::{Cluster, NatsServer},
 };
 
 /// One who listens to what a gateway asks, and to where the answers go.
@@ -166,6 +167,87 @@ fn a_server_that_takes_less_than_before_refuses_what_is_larger() {
     gateway.publish("demo", "small");
     while stream.next().data != "small" {}
     assert_eq!(gateway.ask(large()).json()["code"], "broker_refused");
+}
+
+/// Every piece takes a while, either way: that is slow, and not a fault.
+#[test]
+fn a_slow_way_to_nats_is_no_fault_and_loses_nothing() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let server = NatsServer::start();
+    let slow = runtime.block_on(Cut::before(&[server.address().parse().unwrap()]));
+    let gateway = Launch::new().flag("--nats", &format!("nats://{}", slow.addresses[0])).start();
+    let mut streams = ["/events/demo", "/events/>"].map(|target| gateway.stream(target));
+    let mut ids = vec![];
+    for (round, later) in [50, 200, 450].into_iter().enumerate() {
+        slow.set(Flow::Slow(Duration::from_millis(later)));
+        ids.push(gateway.publish("demo", format!("over HTTP {round}")));
+        server.ask("events.demo", &format!("beside it {round}"));
+        let new = [format!("over HTTP {round}"), format!("beside it {round}")];
+        for stream in &mut streams {
+            assert_eq!(stream.data(2), new, "{later} ms");
+        }
+        assert_eq!(gateway.resume("/events/demo", &ids[round]).data(1), new[1..]);
+        assert_eq!(gateway.stream("/events/demo?from=-1").data(1), new[1..]);
+        assert_eq!(gateway.ask_admin("/health/ready").text(), "ready\n", "{later} ms");
+    }
+    slow.set(Flow::Whole);
+    assert_eq!(gateway.stream("/events/demo?from=first").data(6).len(), 6);
+}
+
+/// A gateway that knows one server of a cluster learns of the others, and of one that comes later; the one that it knows goes
+/// for good.
+#[test]
+fn servers_that_join_and_leave_a_cluster_are_followed() {
+    let mut cluster = Cluster::with("", "");
+    let mut config: serde_json::Value = serde_json::from_str(include_str!("../nats/stream.json")).unwrap();
+    config["num_replicas"] = 3.into();
+    let deadline = Instant::now() + 2 * PATIENCE;
+    let limit = Duration::from_secs(1);
+    while !cluster.nodes[0]
+        .try_ask("$JS.API.STREAM.CREATE.EVENTS", &config.to_string(), limit)
+        .is_some_and(|answer| answer.contains("\"leader\""))
+    {
+        assert!(Instant::now() < deadline, "the cluster makes no stream");
+    }
+    let launch = Launch::new().flag("--nats", &format!("nats://{}", cluster.nodes[0].address()));
+    let gateway = launch.with("nats.stream.manage", "false").start();
+    let mut stream = gateway.stream("/events/demo");
+    let publish = |data: &str| {
+        let deadline = Instant::now() + 2 * PATIENCE;
+        // A leader may have to be elected.
+        while gateway.ask(Request::post("/events/demo").header("Idempotency-Key", data).body(data)).status != 201 {
+            assert!(Instant::now() < deadline, "{data} is not stored");
+        }
+    };
+    publish("by three");
+    // One leaves, and comes back as a new one does: with nothing.
+    cluster.nodes[2].kill();
+    publish("by two");
+    cluster.nodes[2].wipe();
+    cluster.nodes[2].resume();
+    let is_whole = |cluster: &Cluster| {
+        let info = cluster.nodes[0].try_ask("$JS.API.STREAM.INFO.EVENTS", "", limit)?;
+        let info: serde_json::Value = serde_json::from_str(&info).ok()?;
+        let replicas = info["cluster"]["replicas"].as_array()?.clone();
+        Some(
+            replicas.len() == 2
+                && replicas.iter().all(|replica| replica["current"] == true && replica["lag"].is_null()),
+        )
+    };
+    while is_whole(&cluster) != Some(true) {
+        assert!(Instant::now() < deadline + 2 * PATIENCE, "the new server does not catch up");
+    }
+    // The only one that the gateway was told of.
+    cluster.nodes[0].kill();
+    wait_for_readiness(&gateway, |text| text == "ready\n");
+    let deadline = Instant::now() + 2 * PATIENCE;
+    while gateway.ask(Request::post("/events/demo").header("Idempotency-Key", "one").body("by the others")).status
+        != 201
+    {
+        assert!(Instant::now() < deadline, "the gateway does not find the other servers");
+    }
+    assert_eq!(stream.data(3), ["by three", "by two", "by the others"]);
+    assert_eq!(gateway.stream("/events/demo?from=first").data(3), ["by three", "by two", "by the others"]);
 }
 
 fn on(server: &NatsServer) -> Launch {

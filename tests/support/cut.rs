@@ -9,8 +9,9 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::watch,
+    sync::{mpsc, watch},
     task::JoinSet,
+    time::Instant,
 };
 
 /// How long a server may take to accept.
@@ -27,6 +28,8 @@ pub enum Flow {
     Held,
     /// The same for the connections that are for this purpose; the others go on.
     OneHeld(&'static str),
+    /// Everything passes, this much later.
+    Slow(Duration),
 }
 
 /// A proxy for each of some servers. Ends with its owner.
@@ -83,22 +86,43 @@ async fn pass(
     mut flow: watch::Receiver<Flow>,
     purpose: &watch::Sender<String>,
 ) {
-    let mut buffer = vec![0; 65536];
-    while let Ok(read @ 1..) = from.read(&mut buffer).await {
-        let piece = &buffer[..read];
-        // A client introduces itself once, in one piece: CONNECT {..,"name":"tidegate history",..}.
-        if piece.starts_with(b"CONNECT ") {
-            let words = String::from_utf8_lossy(piece);
-            let name = words.split_once("\"tidegate ").and_then(|(_, rest)| rest.split('"').next());
-            purpose.send_replace(name.unwrap_or_default().to_owned());
+    // Bounded by what a test sends.
+    let (sender, mut pieces) = mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
+    let now = flow.clone();
+    let read = async move {
+        let mut buffer = vec![0; 65536];
+        while let Ok(read @ 1..) = from.read(&mut buffer).await {
+            let later = match *now.borrow() {
+                Flow::Slow(later) => later,
+                Flow::Whole | Flow::Cut | Flow::Held | Flow::OneHeld(_) => Duration::ZERO,
+            };
+            if sender.send((Instant::now() + later, buffer[..read].to_vec())).is_err() {
+                return;
+            }
         }
-        let passes = |flow: &Flow| match flow {
-            Flow::Whole | Flow::Cut => true,
-            Flow::Held => false,
-            Flow::OneHeld(held) => *purpose.borrow() != *held,
-        };
-        if flow.wait_for(passes).await.is_err() || to.write_all(piece).await.is_err() {
-            return;
+    };
+    let write = async {
+        while let Some((due, piece)) = pieces.recv().await {
+            // A client introduces itself once, in one piece: CONNECT {..,"name":"tidegate history",..}.
+            if piece.starts_with(b"CONNECT ") {
+                let words = String::from_utf8_lossy(&piece);
+                let name = words.split_once("\"tidegate ").and_then(|(_, rest)| rest.split('"').next());
+                purpose.send_replace(name.unwrap_or_default().to_owned());
+            }
+            let passes = |flow: &Flow| match flow {
+                Flow::Whole | Flow::Cut | Flow::Slow(_) => true,
+                Flow::Held => false,
+                Flow::OneHeld(held) => *purpose.borrow() != *held,
+            };
+            if flow.wait_for(passes).await.is_err() {
+                return;
+            }
+            // Pacing: this is what a slow network does.
+            tokio::time::sleep_until(due).await;
+            if to.write_all(&piece).await.is_err() {
+                return;
+            }
         }
-    }
+    };
+    tokio::join!(read, write);
 }

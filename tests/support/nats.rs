@@ -92,6 +92,11 @@ impl NatsServer {
         self.copy("backup", "store");
     }
 
+    /// Forgets everything that is stored, as a new disk has. The server is not running meanwhile.
+    pub fn wipe(&self) {
+        fs::remove_dir_all(self.directory.join("store")).unwrap();
+    }
+
     fn copy(&self, from: &str, to: &str) {
         let [from, to] = [from, to].map(|name| self.directory.join(name));
         let _ = fs::remove_dir_all(&to);

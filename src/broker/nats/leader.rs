@@ -32,8 +32,10 @@ use crate::{
 
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
 const SLOW: Duration = Duration::from_millis(50);
-/// While a cluster makes a stream, and while it elects a leader, nobody answers questions about it: they are asked again.
+/// While a cluster makes a stream, and while it elects a leader, nobody answers questions about it: they are asked again after this
+/// time, or after several times what the last answer took.
 const INFO_SILENCE: Duration = Duration::from_secs(1);
+const ROUND_TRIPS: u32 = 4;
 /// How long it is said that a mirror answers, after it did last.
 const MIRROR_REMEMBERED: Duration = Duration::from_secs(60);
 /// What to do about a mirror that answers in the stream's place.
@@ -122,6 +124,8 @@ pub(super) struct LeaderState {
     /// When the last question was sent, if its answer was undisputed.
     undisputed: Mutex<Option<Instant>>,
     round_trip_micros: AtomicU64,
+    /// How long an answer about the stream is waited for, in milliseconds.
+    silence_millis: AtomicU64,
     /// The mirror that answered last in the stream's place, and when.
     mirror: Mutex<Option<(String, Instant)>>,
 }
@@ -139,6 +143,7 @@ impl LeaderState {
             present_as_of: AtomicU64::new(0),
             undisputed: Mutex::new(None),
             round_trip_micros: AtomicU64::new(0),
+            silence_millis: AtomicU64::new(INFO_SILENCE.as_millis() as u64),
             mirror: Mutex::new(None),
         }
     }
@@ -177,6 +182,15 @@ impl LeaderState {
     pub fn mirror(&self) -> Option<String> {
         let mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
         mirror.as_ref().filter(|(_, at)| at.elapsed() < MIRROR_REMEMBERED).map(|(name, _)| name.clone())
+    }
+
+    /// How long an answer about the stream is waited for: longer, where servers are far away.
+    fn silence(&self) -> Duration {
+        Duration::from_millis(self.silence_millis.load(Ordering::Relaxed))
+    }
+
+    fn set_silence(&self, silence: Duration) {
+        self.silence_millis.store(silence.max(INFO_SILENCE).as_millis() as u64, Ordering::Relaxed);
     }
 
     /// What the last question about the stream took.
@@ -406,7 +420,12 @@ impl Leader {
 
 /// The same as [`Leader::info`], without sharing the request.
 pub(super) async fn info_of(api: &Api, stream: &str) -> Result<Info, RequestError> {
-    insist(api.timeout, || ask_for_info(api, stream)).await
+    let tries = AtomicU64::new(0);
+    let ask = || {
+        let longer = 1 << tries.fetch_add(1, Ordering::Relaxed).min(4);
+        ask_for_info(api, stream, INFO_SILENCE * longer)
+    };
+    insist(api.timeout, ask).await
 }
 
 /// Asks again until an undisputed leader answers, for about as long as a request may take.
@@ -429,7 +448,14 @@ where
 /// Asks the leader what the stream is, and which incarnation that is by what is known.
 async fn ask_and_learn(api: &Api, stream: &str, known: &LeaderState) -> Result<Info, RequestError> {
     let (before, as_of, asked) = (known.present(), known.changes.load(Ordering::Acquire), Instant::now());
-    let mut info = ask_for_info(api, stream).await?;
+    let mut info = match ask_for_info(api, stream, known.silence()).await {
+        Err(error @ RequestError::Silent(_)) => {
+            known.set_silence((known.silence() * 2).min(api.timeout));
+            return Err(error);
+        }
+        info => info?,
+    };
+    known.set_silence(ROUND_TRIPS * asked.elapsed());
     known.round_trip_micros.store(asked.elapsed().as_micros() as u64, Ordering::Relaxed);
     let mut seen = info.seen();
     if let Some(sequence) = before.sequence_to_check(&seen, known.is_doubtful()) {
@@ -448,8 +474,8 @@ async fn ask_and_learn(api: &Api, stream: &str, known: &LeaderState) -> Result<I
     Ok(info)
 }
 
-async fn ask_for_info(api: &Api, stream: &str) -> Result<Info, RequestError> {
-    let limit = api.timeout.min(INFO_SILENCE);
+async fn ask_for_info(api: &Api, stream: &str, silence: Duration) -> Result<Info, RequestError> {
+    let limit = api.timeout.min(silence);
     let mut answer = api.ask_within(limit, &format!("$JS.API.STREAM.INFO.{stream}"), &Value::Null).await?;
     let config = answer["config"].take();
     let standing = standing(&answer["cluster"]["replicas"]);
