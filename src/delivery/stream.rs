@@ -37,9 +37,9 @@ use crate::{
 
 /// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
 const GIVE_BACK_AFTER: Duration = Duration::from_millis(250);
-/// What a client holds of events that it has begun, in bytes, above which it is looked at more often...
+/// What a client holds of events that it has begun, in bytes, above which it is looked at more often.
 const LARGE_BYTES: usize = 16 * 1024;
-/// ...namely as often as this: where the node is short of memory, a client that has taken so long is let go.
+/// Where the node is short of memory, a client of large events that has taken so long is let go.
 const LARGE_FOR: Duration = Duration::from_secs(2);
 /// Bytes that a client may send after its request, all ignored, before it is taken for broken.
 const UNASKED_BYTES_MAX: u32 = 64 * 1024;
@@ -403,7 +403,10 @@ impl Stream {
                 self.cursor.give_back_after(first.sequence, events);
             }
         }
-        if common.memory.is_high() && held.is_large() && held.began + LARGE_FOR <= now {
+        let is_slow = common.memory.is_high() && held.began + LARGE_FOR <= now;
+        // Where there is no memory left, one that takes nothing is let go sooner: others come as fast as events do.
+        let is_stuck = common.memory.is_full() && held.since + GIVE_BACK_AFTER <= now;
+        if held.is_large() && (is_slow || is_stuck) {
             return Err(End::Memory);
         }
         if held.look_at <= now {
@@ -478,7 +481,7 @@ impl PendingWrite {
     }
 
     fn look_every(&self, common: &Common) -> Duration {
-        if self.is_large() { LARGE_FOR.min(common.sse.heartbeat) } else { common.sse.heartbeat }
+        if self.is_large() { GIVE_BACK_AFTER.min(common.sse.heartbeat) } else { common.sse.heartbeat }
     }
 
     fn is_large(&self) -> bool {
