@@ -143,8 +143,7 @@ impl Gateway {
             write_bytes: config.sse.write_bytes,
             // As it arrives, and as it is kept. A page may be one event.
             read_bytes: 2 * config.history.page_bytes.max(config.limits.event_bytes),
-            #[cfg(test)]
-            trusts_hints: false,
+            proof: hub::Proof::Required,
         };
         let hub = Hub::start(broker.clone(), settings, memory.clone(), metrics.clone(), tasks.clone());
         let (leaving, draining) = (CancellationToken::new(), CancellationToken::new());

@@ -508,6 +508,7 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
         audit: settings.audit,
         write_bytes: 65_536,
         read_bytes: 1,
+        proof: hub::Proof::Required,
     };
     let hub =
         Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()));

@@ -23,26 +23,25 @@ use actix_web::{
     http::{Version, header},
     web,
 };
-use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::{
     StreamExt,
     future::BoxFuture,
     stream::{self, FuturesOrdered},
 };
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::value::RawValue;
+use serde::Serialize;
 
 use super::{
     App,
     authenticate::{self, Sender},
     error::{ApiError, Code, Problem, REFUSAL_HEADER},
     middleware::caller,
-    publish::{Receipt, check_coding, key_of, parse_key, parse_last, parse_subject, parse_ttl, parse_type},
+    publication::{self, Receipt, key_of},
+    publish::check_coding,
     query::Parameters,
 };
 use crate::{
-    broker::{Condition, Publication},
+    broker::Publication,
     limits::{Caller, ClientPermit, Limits, RetryAfter},
     memory::{Held, Memory, Part},
     metrics::Counted,
@@ -291,12 +290,12 @@ impl Batch {
     async fn parse(&self, line: Bytes) -> Result<Publication, ApiError> {
         let event_bytes_max = self.app.limits.borrow().event_bytes;
         if line.len() <= SMALL_LINE_BYTES {
-            return parse(&line, event_bytes_max);
+            return publication::of_line(&line, event_bytes_max);
         }
         let permit = self.app.large_lines.clone().acquire_owned().await.expect("it is never closed");
         let parsed = web::block(move || {
             let _permit = permit;
-            parse(&line, event_bytes_max)
+            publication::of_line(&line, event_bytes_max)
         });
         parsed.await.unwrap_or_else(|_| Err(ApiError::new(Code::Internal, "")))
     }
@@ -499,68 +498,4 @@ impl Throttle {
         }
         Ok(())
     }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Fields<'a> {
-    subject: String,
-    #[serde(default, borrow, deserialize_with = "even_null")]
-    data: Option<&'a RawValue>,
-    data_base64: Option<String>,
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    ttl: Option<String>,
-    idempotency_key: Option<String>,
-    if_match: Option<String>,
-    if_none_match: Option<String>,
-}
-
-/// `null` is JSON data like any other; only a field that is not there is none.
-fn even_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(Some)
-}
-
-pub(super) fn parse(line: &[u8], event_bytes_max: usize) -> Result<Publication, ApiError> {
-    let invalid = |detail: String| ApiError::new(Code::InvalidLine, detail);
-    // The line that serde_json counts is not the batch's.
-    let malformed = |error: serde_json::Error| invalid(error.to_string().replace("at line 1 column", "at column"));
-    // An array would be taken for the fields in their order.
-    if !line.trim_ascii_start().starts_with(b"{") {
-        return Err(invalid(r#"a line is one JSON object, such as {"subject":"demo","data":"hello"}"#.into()));
-    }
-    let fields: Fields = serde_json::from_slice(line).map_err(malformed)?;
-    let payload: Bytes = match (fields.data, fields.data_base64) {
-        // A text may yet turn out to be none: half of a surrogate pair is only found here.
-        (Some(text), None) if text.get().starts_with('"') => {
-            serde_json::from_str::<String>(text.get()).map_err(malformed)?.into()
-        }
-        (Some(json), None) => json.get().to_owned().into(),
-        (None, Some(text)) => STANDARD.decode(text).map_err(|error| invalid(format!("data_base64: {error}")))?.into(),
-        (Some(_), Some(_)) => return Err(invalid("data and data_base64 exclude each other".into())),
-        (None, None) => return Err(invalid("data (text or any JSON) or data_base64 is missing".into())),
-    };
-    if payload.len() > event_bytes_max {
-        return Err(ApiError::new(Code::EventTooLarge, format!("an event has at most {event_bytes_max} bytes")));
-    }
-    let condition = match (&fields.if_match, fields.if_none_match.as_deref()) {
-        (None, None) => None,
-        (Some(id), None) => Some(field("if_match", id, parse_last)?),
-        (None, Some("*")) => Some(Condition::NoneYet),
-        (None, Some(_)) => return Err(invalid(r#"if_none_match takes only "*""#.into())),
-        (Some(_), Some(_)) => return Err(invalid("if_match and if_none_match exclude each other".into())),
-    };
-    Ok(Publication {
-        subject: parse_subject(&fields.subject)?,
-        kind: fields.kind.as_deref().map(parse_type).transpose()?,
-        payload,
-        ttl: fields.ttl.as_deref().map(|text| field("ttl", text, parse_ttl)).transpose()?,
-        key: fields.idempotency_key.as_deref().map(|text| field("idempotency_key", text, parse_key)).transpose()?,
-        condition,
-    })
-}
-
-/// The value of a field that a request has as a header or parameter.
-fn field<T>(name: &str, text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<T, ApiError> {
-    parse(text).map_err(|why| ApiError::new(Code::InvalidLine, format!("{name}: {why}")))
 }

@@ -11,9 +11,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::{
-    batch,
     client_address::Proxies,
-    publish::{parse_key, parse_ttl, parse_type},
+    publication::{self, parse_key, parse_ttl, parse_type},
     query::{Parameters, Query, decode},
     subscribe::parse_start,
 };
@@ -166,7 +165,7 @@ proptest! {
 
     #[test]
     fn a_line_is_an_event_or_says_why_not(line in line()) {
-        match batch::parse(line.as_bytes(), EVENT_BYTES_MAX) {
+        match publication::of_line(line.as_bytes(), EVENT_BYTES_MAX) {
             Err(error) => prop_assert!((400..500).contains(&error.problem().status)),
             Ok(publication) => {
                 assert_tame(publication.subject.as_str());
@@ -178,14 +177,14 @@ proptest! {
 
     #[test]
     fn bytes_that_are_no_text_are_no_line(bytes in prop::collection::vec(any::<u8>(), 0..60)) {
-        let _ = batch::parse(&bytes, EVENT_BYTES_MAX);
-        let _ = batch::parse(&[b"{\"subject\":\"a\",\"data\":\"", &*bytes, b"\"}"].concat(), EVENT_BYTES_MAX);
+        let _ = publication::of_line(&bytes, EVENT_BYTES_MAX);
+        let _ = publication::of_line(&[b"{\"subject\":\"a\",\"data\":\"", &*bytes, b"\"}"].concat(), EVENT_BYTES_MAX);
     }
 
     #[test]
     fn a_text_arrives_as_it_was_sent(data in text()) {
         let line = json!({ "subject": "a", "data": data }).to_string();
-        let parsed = batch::parse(line.as_bytes(), data.len()).expect("it is right");
+        let parsed = publication::of_line(line.as_bytes(), data.len()).expect("it is right");
         prop_assert_eq!(&parsed.payload[..], data.as_bytes());
     }
 

@@ -13,6 +13,7 @@ mod fuzz;
 mod health;
 mod middleware;
 mod pages;
+mod publication;
 mod publish;
 mod query;
 mod subscribe;
@@ -406,5 +407,5 @@ pub fn fuzzing_target(text: &str) {
 /// Parses a line of a batch. For `fuzz/`.
 #[cfg(fuzzing)]
 pub fn fuzzing_line(line: &[u8]) {
-    let _ = batch::parse(line, 1000);
+    let _ = publication::of_line(line, 1000);
 }

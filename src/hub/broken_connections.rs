@@ -6,7 +6,7 @@ use std::{process::Command, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{Ends, Hub, Settings, Start, StartAt};
+use super::{Ends, Hub, Proof, Settings, Start, StartAt};
 use crate::{
     broker::{
         Broker, Health, Publication, Publish,
@@ -46,7 +46,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
         audit: config.audit,
         write_bytes: 65_536,
         read_bytes: 1 << 20,
-        trusts_hints: false,
+        proof: Proof::Required,
     };
     let hub =
         Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()));

@@ -11,7 +11,6 @@
 //! one place at a time, so that they can be given back.
 
 use std::{
-    collections::VecDeque,
     sync::Arc,
     task::{Context, Poll, Waker, ready},
 };
@@ -25,19 +24,20 @@ use super::{
     Hub,
     encoded::Encoder,
     ends::{ASK_AGAIN, Bound, Completed, Remaining},
-    feed::{Reader, Take},
+    feed::Take,
     log::{self, Slice},
     pages::{Ahead, SharedPage},
+    place::{Place, Snapshot, StartPoint},
     progress::Progress,
-    resume::{self, Origin, StartAt, StartPoint},
+    resume::{self, Origin, StartAt},
 };
 use crate::{
     backoff::Backoff,
     broker::{SnapshotPage, SnapshotRead},
-    event::{Epoch, Event, EventId},
+    event::{Epoch, EventId},
     memory::Held,
     metrics::Counted,
-    position::{Position, Tag, Witness},
+    position::{Position, Witness},
     subject::Subject,
     wire::{Block, Format, Framing, GapReason, OwnId},
 };
@@ -73,28 +73,6 @@ enum Standing {
     Behind(#[expect(dead_code, reason = "counts while it is kept")] Counted),
 }
 
-/// A place in one feed.
-pub(super) struct Place {
-    pub reader: Reader,
-    tag: Tag,
-    /// Everything up to here has been handed over, or is known not to exist.
-    pub position: u64,
-    /// Events of a page that were not handed over yet.
-    pub ahead: Ahead,
-    /// Where the page that they came from proves its reader to be after them.
-    pub ahead_proven: u64,
-}
-
-/// A snapshot that is being handed over, page by page.
-pub(super) struct Snapshot {
-    as_of: u64,
-    /// Everything up to here has been handed over.
-    position: u64,
-    ahead: VecDeque<Event>,
-    ahead_reached: u64,
-    held: Held,
-}
-
 /// One block for one client.
 #[derive(Clone, Debug)]
 pub struct Frame {
@@ -116,21 +94,6 @@ enum Fetched {
     Moved(StartPoint),
 }
 
-impl Place {
-    pub(super) fn new(reader: Reader, position: u64) -> Place {
-        Place { tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
-    }
-
-    pub(super) fn tag(reader: &Reader) -> Tag {
-        Tag::of(&reader.feed.filter)
-    }
-
-    /// How far its reader may say that it is.
-    fn settled(&self) -> u64 {
-        if self.ahead.is_empty() { self.reader.feed.settled(self.position) } else { self.position }
-    }
-}
-
 impl Frame {
     fn new(sequence: u64, block: Block) -> Frame {
         Frame { sequence, block, own_id: None, is_event: true, stored: None }
@@ -145,21 +108,6 @@ impl Frame {
 impl Drop for Cursor {
     fn drop(&mut self) {
         self.listen_no_more();
-    }
-}
-
-impl Snapshot {
-    pub(super) fn new(first: SnapshotPage, held: Held) -> Snapshot {
-        let mut snapshot = Snapshot { as_of: first.as_of, position: 0, ahead: VecDeque::new(), ahead_reached: 0, held };
-        snapshot.take_over(first);
-        snapshot
-    }
-
-    /// Takes over a page, but for what has been handed over.
-    fn take_over(&mut self, page: SnapshotPage) {
-        self.ahead = page.events.into_iter().filter(|event| event.sequence > self.position).collect();
-        self.ahead_reached = page.reached;
-        self.held.resize(self.ahead.iter().map(|event| size_of::<Event>() + event.payload.len()).sum());
     }
 }
 

@@ -36,7 +36,7 @@ use jiff::Timestamp;
 use tokio::sync::OnceCell;
 
 use super::{
-    Hub,
+    Hub, Proof,
     encoded::Encoder,
     log::{Content, Log, Resync, Slice},
     reader_map::Readers,
@@ -417,9 +417,9 @@ impl Feed {
     }
 
     fn consider(&self, hub: &Hub, state: &mut State, hint: Hint) -> Result<(), Resync> {
-        let trusts_hints = hub.0.settings.trusts_hints();
-        match state.log.consider(hint, self.epoch(), self.filter.exact().is_some(), trusts_hints) {
-            Err(_) if trusts_hints => Ok(()),
+        let proof = hub.0.settings.proof;
+        match state.log.consider(hint, self.epoch(), self.filter.exact().is_some(), proof) {
+            Err(_) if proof == Proof::Skipped => Ok(()),
             considered => considered,
         }
     }
@@ -428,7 +428,7 @@ impl Feed {
     pub(super) fn resync(self: &Arc<Feed>, hub: &Hub, cause: &'static str) {
         let resync = Resync::new(cause);
         match &mut self.state().repair {
-            _ if hub.0.settings.trusts_hints() => return,
+            _ if hub.0.settings.proof == Proof::Skipped => return,
             Some(repair) => {
                 repair.resync = Some(resync);
                 return;

@@ -6,7 +6,10 @@ use std::collections::VecDeque;
 
 use jiff::Timestamp;
 
-use super::encoded::{EncodedEvent, Encoder};
+use super::{
+    Proof,
+    encoded::{EncodedEvent, Encoder},
+};
 use crate::{
     broker::Hint,
     config,
@@ -115,7 +118,7 @@ impl Log {
     }
 
     /// Takes a hint over if everything up to it is proven: says so, or why not.
-    pub fn consider(&mut self, hint: Hint, own: Epoch, is_exact: bool, trusts_hints: bool) -> Result<(), Resync> {
+    pub fn consider(&mut self, hint: Hint, own: Epoch, is_exact: bool, proof: Proof) -> Result<(), Resync> {
         let proves_itself = self.is_proven_by(&hint, own, is_exact);
         let Hint::Stored { event, epoch, .. } = hint else { return Err(Resync::new("overflow")) };
         if epoch != own {
@@ -125,7 +128,7 @@ impl Log {
         if n <= self.proven {
             return Ok(());
         }
-        if proves_itself || trusts_hints {
+        if proves_itself || proof == Proof::Skipped {
             self.append(Content::event(event), n);
             return Ok(());
         }

@@ -15,6 +15,7 @@ mod log;
 #[cfg(test)]
 mod model;
 mod pages;
+mod place;
 mod progress;
 mod reader_map;
 mod resume;
@@ -30,6 +31,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use tokio::sync::Semaphore;
 
 pub use self::{
@@ -105,18 +107,17 @@ pub struct Settings {
     pub write_bytes: usize,
     /// What a read of a page takes at most while it is under way, in bytes.
     pub read_bytes: usize,
-    /// Takes every hint for the whole truth and checks nothing, to show that the tests would notice.
-    #[cfg(test)]
-    pub trusts_hints: bool,
+    /// What is believed of hints.
+    pub proof: Proof,
 }
 
-impl Settings {
-    fn trusts_hints(&self) -> bool {
-        #[cfg(test)]
-        return self.trusts_hints;
-        #[cfg(not(test))]
-        false
-    }
+/// What is believed of the broker's hints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// Nothing that is not proven.
+    Required,
+    /// Everything, and nothing is checked: tests use it to show that they would notice.
+    Skipped,
 }
 
 impl Hub {
@@ -137,7 +138,7 @@ impl Hub {
             tasks: tasks.clone(),
         }));
         tasks.spawn(hub.clone().reclaim_forever());
-        if !hub.0.settings.trusts_hints() {
+        if hub.0.settings.proof == Proof::Required {
             let (audited, forgetting) = (hub.clone(), hub.clone());
             tasks.spawn(panics::restarted(move || audited.clone().audit_forever()));
             tasks.spawn(panics::restarted(move || forgetting.clone().forget_forever()));
@@ -157,7 +158,34 @@ impl Hub {
         format: Format,
         ends: Ends,
     ) -> Result<(Opening, Cursor), BrokerError> {
-        resume::subscribe(self, filters, start, format, ends).await
+        let resumes = start.last_event_id.is_some();
+        // An EventSource that comes back with an id repeats its URL: what it asked for holds.
+        let not_before = match start.at {
+            StartAt::Time(time) if time > Timestamp::now() => Some(time),
+            _ => None,
+        };
+        let found = match start.last_event_id {
+            None => resume::begin(self, filters, start.at).await?,
+            Some(text) => match text.parse() {
+                Ok(position) => resume::after(self, filters, (position, resume::Origin::Client), start.at).await?,
+                Err(_) => resume::unknown(self, filters, &text, start.at).await?,
+            },
+        };
+        let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.is_some());
+        let remaining = resume::remaining(self, &found, ends).await?;
+        let cursor = Cursor::new(self.clone(), format, not_before, found, remaining);
+        let opening = match gap {
+            Some((requested, reason)) => Opening::Gap(self.gap(&requested, &cursor.position(), reason)),
+            None if is_snapshot => Opening::Snapshot,
+            None => Opening::Position(cursor.position()),
+        };
+        let start = match opening {
+            Opening::Gap(_) => "gap",
+            Opening::Position(_) if resumes => "resumed",
+            Opening::Position(_) | Opening::Snapshot => "new",
+        };
+        self.0.metrics.streams_opened.with_label_values(&[start]).inc();
+        Ok((opening, cursor))
     }
 
     /// The feed of `filter`, made if there is none, and kept at least as long as the reader that comes back. It may

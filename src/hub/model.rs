@@ -173,7 +173,14 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
         let broker = Arc::new(Scripted::new(streams));
         let Config { mut feed, history, audit, .. } = Config::load(None, vec![]).unwrap();
         feed.events = 3;
-        let settings = Settings { feed, history, audit, write_bytes: 200, read_bytes: 1, trusts_hints: TRUSTS_HINTS };
+        let settings = Settings {
+            feed,
+            history,
+            audit,
+            write_bytes: 200,
+            read_bytes: 1,
+            proof: if TRUSTS_HINTS { Proof::Skipped } else { Proof::Required },
+        };
         let hub = runtime.block_on(async {
             Hub::start(
                 broker.clone(),

@@ -18,10 +18,10 @@ use jiff::Timestamp;
 
 use super::{
     Hub,
-    cursor::{Cursor, Place, Snapshot},
     ends::{Bound, Completed, Ends, Remaining, Until},
     feed::Reader,
     pages::{Ahead, SharedPage},
+    place::{Place, Snapshot, StartPoint},
 };
 use crate::{
     broker::{BrokerError, Page, Read, ReadFrom, SnapshotRead},
@@ -29,7 +29,7 @@ use crate::{
     memory::Held,
     position::{Position, Witness},
     subject::Filter,
-    wire::{Format, Gap, GapReason},
+    wire::{Gap, GapReason},
 };
 
 /// How much of an id that is none of ours is said again.
@@ -71,60 +71,8 @@ pub enum Opening {
     Snapshot,
 }
 
-/// A place in every feed, and what is missing before it.
-pub(super) struct StartPoint {
-    pub epoch: Epoch,
-    pub places: Vec<Place>,
-    pub gap: Option<(String, GapReason)>,
-    pub snapshot: Option<Snapshot>,
-}
-
-impl StartPoint {
-    fn at(epoch: Epoch, places: Vec<Place>) -> StartPoint {
-        StartPoint { epoch, places, gap: None, snapshot: None }
-    }
-}
-
-/// See [`Hub::subscribe`].
-pub(super) async fn subscribe(
-    hub: &Hub,
-    filters: &[Filter],
-    start: Start,
-    format: Format,
-    ends: Ends,
-) -> Result<(Opening, Cursor), BrokerError> {
-    let resumes = start.last_event_id.is_some();
-    // An EventSource that comes back with an id repeats its URL: what it asked for holds.
-    let not_before = match start.at {
-        StartAt::Time(time) if time > Timestamp::now() => Some(time),
-        _ => None,
-    };
-    let found = match start.last_event_id {
-        None => begin(hub, filters, start.at).await?,
-        Some(text) => match text.parse() {
-            Ok(position) => after(hub, filters, (position, Origin::Client), start.at).await?,
-            Err(_) => unknown(hub, filters, &text, start.at).await?,
-        },
-    };
-    let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.is_some());
-    let remaining = remaining(hub, &found, ends).await?;
-    let cursor = Cursor::new(hub.clone(), format, not_before, found, remaining);
-    let opening = match gap {
-        Some((requested, reason)) => Opening::Gap(hub.gap(&requested, &cursor.position(), reason)),
-        None if is_snapshot => Opening::Snapshot,
-        None => Opening::Position(cursor.position()),
-    };
-    let start = match opening {
-        Opening::Gap(_) => "gap",
-        Opening::Position(_) if resumes => "resumed",
-        Opening::Position(_) | Opening::Snapshot => "new",
-    };
-    hub.0.metrics.streams_opened.with_label_values(&[start]).inc();
-    Ok((opening, cursor))
-}
-
 /// Where a stream is to end, as far as it is known when it begins.
-async fn remaining(hub: &Hub, found: &StartPoint, ends: Ends) -> Result<Option<Remaining>, BrokerError> {
+pub(super) async fn remaining(hub: &Hub, found: &StartPoint, ends: Ends) -> Result<Option<Remaining>, BrokerError> {
     let (bound, reason) = match ends.until {
         None if ends.limit.is_none() => return Ok(None),
         None => (Bound::Open, Completed::Limit),
@@ -146,7 +94,7 @@ async fn remaining(hub: &Hub, found: &StartPoint, ends: Ends) -> Result<Option<R
     Ok(Some(Remaining::new(ends.limit, bound, reason, ends.wait)))
 }
 
-async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<StartPoint, BrokerError> {
+pub(super) async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<StartPoint, BrokerError> {
     let requested = match &at {
         StartAt::Time(time) => time.to_string(),
         StartAt::Last(count) => format!("-{count}"),
@@ -374,7 +322,12 @@ async fn rewound(
     Ok(Some(StartPoint { gap: Some(gap), ..StartPoint::at(epoch, found) }))
 }
 
-async fn unknown(hub: &Hub, filters: &[Filter], requested: &str, at: StartAt) -> Result<StartPoint, BrokerError> {
+pub(super) async fn unknown(
+    hub: &Hub,
+    filters: &[Filter],
+    requested: &str,
+    at: StartAt,
+) -> Result<StartPoint, BrokerError> {
     let requested = requested.chars().take(REQUESTED_CHARS_MAX).collect();
     let found = begin(hub, filters, at).await?;
     Ok(StartPoint { gap: Some((requested, GapReason::UnknownId)), ..found })

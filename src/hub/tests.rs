@@ -168,7 +168,7 @@ impl Broker for Faulty {
 
 fn hub(broker: &Arc<Faulty>, change: impl FnOnce(&mut Settings)) -> Hub {
     let Config { feed, history, audit, .. } = config();
-    let mut settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, trusts_hints: false };
+    let mut settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, proof: Proof::Required };
     change(&mut settings);
     Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()))
 }
@@ -214,7 +214,7 @@ const FILTERS: [&str; 5] = ["a.0", "c", "a.*", "a.>", ">"];
 async fn scenario(seed: u64, trusts_hints: bool) -> Vec<(&'static str, Vec<u64>, Vec<u64>)> {
     let broker = Faulty::new(seed);
     let hub = hub(&broker, |settings| {
-        settings.trusts_hints = trusts_hints;
+        settings.proof = if trusts_hints { Proof::Skipped } else { Proof::Required };
         // Every other time, readers fall behind the log and are served from history.
         settings.feed.events = if seed.is_multiple_of(2) { 1024 } else { 16 };
     });
@@ -667,7 +667,7 @@ async fn feeds_that_come_and_go_on_many_threads_lose_nothing_and_leave_nothing()
     let broker = Arc::new(embedded(100_000));
     let Config { mut feed, history, audit, .. } = config();
     feed.linger = Duration::from_millis(1);
-    let settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, trusts_hints: false };
+    let settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, proof: Proof::Required };
     let metrics = Arc::new(Metrics::new());
     let hub = Hub::start(broker.clone(), settings, Memory::new(0), metrics.clone(), Tasks::new(Handle::current()));
     let mut clients = tokio::task::JoinSet::new();

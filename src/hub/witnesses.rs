@@ -11,7 +11,7 @@ use std::{
 
 use tokio::sync::OnceCell;
 
-use super::{Hub, cursor::Place};
+use super::{Hub, place::Place};
 use crate::{broker::BrokerError, event::Epoch, position::Witness};
 
 /// How many answers are kept.

@@ -1,0 +1,78 @@
+//! Where a client stands: a place in each of its feeds, and in a snapshot before that.
+
+use std::collections::VecDeque;
+
+use super::{feed::Reader, pages::Ahead};
+use crate::{
+    broker::SnapshotPage,
+    event::{Epoch, Event},
+    memory::Held,
+    position::Tag,
+    wire::GapReason,
+};
+
+/// A place in one feed.
+pub(super) struct Place {
+    pub reader: Reader,
+    pub tag: Tag,
+    /// Everything up to here has been handed over, or is known not to exist.
+    pub position: u64,
+    /// Events of a page that were not handed over yet.
+    pub ahead: Ahead,
+    /// Where the page that they came from proves its reader to be after them.
+    pub ahead_proven: u64,
+}
+
+/// A snapshot that is being handed over, page by page.
+pub(super) struct Snapshot {
+    pub as_of: u64,
+    /// Everything up to here has been handed over.
+    pub position: u64,
+    pub ahead: VecDeque<Event>,
+    pub ahead_reached: u64,
+    pub held: Held,
+}
+
+/// A place in every feed, and what is missing before it.
+pub(super) struct StartPoint {
+    pub epoch: Epoch,
+    pub places: Vec<Place>,
+    pub gap: Option<(String, GapReason)>,
+    pub snapshot: Option<Snapshot>,
+}
+
+impl StartPoint {
+    pub fn at(epoch: Epoch, places: Vec<Place>) -> StartPoint {
+        StartPoint { epoch, places, gap: None, snapshot: None }
+    }
+}
+
+impl Place {
+    pub fn new(reader: Reader, position: u64) -> Place {
+        Place { tag: Place::tag(&reader), reader, position, ahead: Ahead::default(), ahead_proven: 0 }
+    }
+
+    pub fn tag(reader: &Reader) -> Tag {
+        Tag::of(&reader.feed.filter)
+    }
+
+    /// How far its reader may say that it is.
+    pub fn settled(&self) -> u64 {
+        if self.ahead.is_empty() { self.reader.feed.settled(self.position) } else { self.position }
+    }
+}
+
+impl Snapshot {
+    pub fn new(first: SnapshotPage, held: Held) -> Snapshot {
+        let mut snapshot = Snapshot { as_of: first.as_of, position: 0, ahead: VecDeque::new(), ahead_reached: 0, held };
+        snapshot.take_over(first);
+        snapshot
+    }
+
+    /// Takes over a page, but for what has been handed over.
+    pub fn take_over(&mut self, page: SnapshotPage) {
+        self.ahead = page.events.into_iter().filter(|event| event.sequence > self.position).collect();
+        self.ahead_reached = page.reached;
+        self.held.resize(self.ahead.iter().map(|event| size_of::<Event>() + event.payload.len()).sum());
+    }
+}
