@@ -1,5 +1,6 @@
 //! The public listener: the whole URL space, from bytes on a socket to calls of the hub and the broker.
 
+mod api;
 mod authenticate;
 mod batch;
 pub mod client_address;

@@ -1,4 +1,4 @@
-//! What a browser gets beside events: the console. Static, and with a policy that lets nothing else run.
+//! What is there beside events: the console, and the descriptions of the API.
 
 use std::sync::LazyLock;
 
@@ -12,7 +12,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::{
-    App, authenticate,
+    App, api, authenticate,
     error::{ApiError, Code},
 };
 use crate::broker::Health;
@@ -29,14 +29,19 @@ static CONSOLE_SOURCES: LazyLock<String> = LazyLock::new(|| {
     format!("script-src {}; style-src {}", hash("script"), hash("style"))
 });
 
-/// `GET /`, `/console` and `/console/state`.
+/// `GET /`, `/console`, `/console/state`, `/openapi.json` and `/asyncapi.json`.
 ///
 /// # Errors
 /// 404 where the console is switched off, and for any other path.
 pub(super) fn serve(app: &web::Data<App>, request: &HttpRequest) -> Result<HttpResponse, ApiError> {
     let nothing = || ApiError::new(Code::NotFound, "events are read and published at /events/{subject}");
     let is_local = app.auth.is_local_only();
-    if !matches!(request.path(), "/" | "/console" | "/console/state") || !(is_local || app.console.enabled) {
+    let is_there = match request.path() {
+        "/openapi.json" | "/asyncapi.json" => true,
+        "/" | "/console" | "/console/state" => is_local || app.console.enabled,
+        _ => false,
+    };
+    if !is_there {
         return Err(nothing());
     }
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -48,6 +53,8 @@ pub(super) fn serve(app: &web::Data<App>, request: &HttpRequest) -> Result<HttpR
     match request.path() {
         "/" => Ok(HttpResponse::Found().insert_header((header::LOCATION, "/console")).finish()),
         "/console" => Ok(console(app)),
+        "/openapi.json" => Ok(api::openapi(app, request)),
+        "/asyncapi.json" => Ok(api::asyncapi(app, request)),
         // What is told to operators alone elsewhere.
         "/console/state" if is_local => Ok(state(app)),
         _ => Err(nothing()),

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::broker::Publication;
 
-const PARAMETERS: Parameters = Parameters {
+pub(super) const PARAMETERS: Parameters = Parameters {
     known: &["type", "ttl"],
     advice: &[
         (&["topic", "topics", "channel", "subject"], "the subject stands in the path: /events/{subject}"),

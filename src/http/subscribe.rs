@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// The parameters beside the filter in the path.
-const OF_ONE: Parameters = Parameters {
+pub(super) const OF_ONE: Parameters = Parameters {
     known: &["from", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
@@ -47,7 +47,7 @@ const OF_ONE: Parameters = Parameters {
         authenticate::ADVICE,
     ],
 };
-const OF_SEVERAL: Parameters = Parameters {
+pub(super) const OF_SEVERAL: Parameters = Parameters {
     known: &["subject", "from", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "did you mean \"subject\"?"),
