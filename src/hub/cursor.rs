@@ -243,13 +243,12 @@ impl Cursor {
         if behind.peek().is_none() {
             return true;
         }
-        let asked_at = self.remaining.as_ref().and_then(|remaining| remaining.asked_at);
-        if asked_at.is_none_or(|at| at.elapsed() >= ASK_AGAIN) {
+        if let Some(remaining) = self.remaining.as_mut().filter(|remaining| remaining.is_stored)
+            && remaining.asked_at.is_none_or(|at| at.elapsed() >= ASK_AGAIN)
+        {
             let unproven = behind.filter(|place| place.reader.feed.proven() < last);
             unproven.for_each(|place| place.reader.feed.resync(&self.hub, "until"));
-            if let Some(remaining) = &mut self.remaining {
-                remaining.asked_at = Some(Instant::now());
-            }
+            remaining.asked_at = Some(Instant::now());
         }
         false
     }

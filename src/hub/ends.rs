@@ -56,6 +56,9 @@ pub(super) struct Remaining {
     pub has_delivered: bool,
     /// Until when a first event is waited for.
     pub wait_until: Option<Instant>,
+    /// Everything up to the bound was stored when it was set: feeds may be asked to read up to there. What is still to come
+    /// arrives by itself.
+    pub is_stored: bool,
     /// When feeds were last asked to read up to the bound.
     pub asked_at: Option<Instant>,
 }
@@ -77,7 +80,7 @@ pub(super) const ASK_AGAIN: Duration = Duration::from_secs(1);
 impl Remaining {
     pub fn new(limit: Option<u64>, bound: Bound, reason: Completed, wait: Duration) -> Remaining {
         let wait_until = (!wait.is_zero()).then(|| Instant::now() + wait);
-        Remaining { events: limit, bound, reason, has_delivered: false, wait_until, asked_at: None }
+        Remaining { events: limit, bound, reason, has_delivered: false, wait_until, is_stored: true, asked_at: None }
     }
 
     /// The last sequence, where it is known.
@@ -99,14 +102,39 @@ impl Remaining {
 
     /// When there is something to do, whatever happens until then.
     pub fn due(&self) -> Option<Instant> {
-        let resolve = match self.bound {
+        // Each of these is over, or further away, once it was acted on: a time that stayed in the past would wake for ever.
+        match self.bound {
             Bound::Time(time) => {
                 let left = Duration::try_from(time.duration_since(Timestamp::now())).unwrap_or(Duration::ZERO);
                 Instant::now().checked_add(left)
             }
-            Bound::Open | Bound::Sequence(_) | Bound::Resolving(_) => None,
-        };
-        let ask = self.asked_at.map(|at| at + ASK_AGAIN);
-        [resolve, ask, self.wait_until].into_iter().flatten().min()
+            Bound::Sequence(_) => self.asked_at.map(|at| at + ASK_AGAIN),
+            Bound::Open => self.wait_until,
+            Bound::Resolving(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_waits_for_its_first_event_is_woken_at_the_end_of_its_wait_and_not_before() {
+        let wait = Duration::from_secs(300);
+        let mut remaining = Remaining::new(None, Bound::Sequence(7), Completed::CaughtUp, wait);
+        remaining.asked_at = Some(Instant::now());
+        tokio::time::advance(Duration::from_secs(60)).await;
+        remaining.bound = Bound::Open;
+        assert_eq!(remaining.due(), remaining.wait_until);
+        assert!(remaining.due().is_some_and(|due| due > Instant::now()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_that_is_over_does_not_wake_a_stream_that_is_still_read_for() {
+        let mut remaining = Remaining::new(None, Bound::Sequence(7), Completed::CaughtUp, Duration::from_millis(1));
+        tokio::time::advance(Duration::from_secs(60)).await;
+        remaining.asked_at = Some(Instant::now());
+        assert_eq!(remaining.due(), Some(Instant::now() + ASK_AGAIN));
     }
 }

@@ -80,7 +80,10 @@ pub(super) async fn remaining(hub: &Hub, found: &StartPoint, ends: Ends) -> Resu
         Some(Until::Now) => (Bound::Sequence(hub.0.broker.bounds().await?.last), Completed::CaughtUp),
         Some(Until::Position(position)) => {
             let places = found.places.iter().map(|place| position.of(Place::tag(&place.reader)));
-            (Bound::Sequence(places.max().unwrap_or(0)), Completed::Until)
+            let last = places.max().unwrap_or(0);
+            let is_stored = last <= hub.0.broker.bounds().await?.last;
+            let remaining = Remaining::new(ends.limit, Bound::Sequence(last), Completed::Until, ends.wait);
+            return Ok(Some(Remaining { is_stored, ..remaining }));
         }
         Some(Until::Time(time)) if time > Timestamp::now() => (Bound::Time(time), Completed::Until),
         Some(Until::Time(time)) => {
