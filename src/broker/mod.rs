@@ -75,9 +75,9 @@ pub trait Broker: Publish {
     }
 
     /// Whether the stream, as its leader has it, is the one in which an event was stored at that time with that sequence:
-    /// asked of ids that come from outside. True unless the contrary is proven.
-    async fn is_of_stream(&self, _witness: Witness) -> Result<bool, BrokerError> {
-        Ok(true)
+    /// asked of ids that clients present.
+    async fn recognize(&self, _witness: Witness) -> Result<Recognition, BrokerError> {
+        Ok(Recognition::Same)
     }
 
     /// What the stream has let go of so far, whether by its limits or because somebody wanted it gone. Cheap: asked once a
@@ -251,6 +251,17 @@ pub struct Bounds {
     pub last: u64,
     /// When that was stored, where it is known.
     pub time: Option<Timestamp>,
+}
+
+/// Whether a stream is the one that an id is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recognition {
+    /// It is, or nothing proves the contrary.
+    Same,
+    /// It has another event in that place.
+    Another,
+    /// It ends before that place. A leader that was just elected may not have applied all that it has.
+    Beyond,
 }
 
 /// What a stream has let go of. Where nothing is ever told, nothing is removed but by limits.

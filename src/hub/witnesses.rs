@@ -12,14 +12,18 @@ use std::{
 use tokio::sync::OnceCell;
 
 use super::{Hub, place::Place};
-use crate::{broker::BrokerError, event::Epoch, position::Witness};
+use crate::{
+    broker::{BrokerError, Recognition},
+    event::Epoch,
+    position::Witness,
+};
 
 /// How many answers are kept.
 const ANSWERS_MAX: usize = 256;
 /// How long an answer holds: a stream may lose its end at any time.
 const AGE_MAX: Duration = Duration::from_secs(5);
-/// An answer that a stream has lost its end is asked for again for so long: a leader that was just elected may not have
-/// applied all that it has.
+/// A leader whose stream ends before the event is asked again for so long: one that was just elected may not have applied all
+/// that it has.
 const LOST_AFTER: Duration = Duration::from_secs(3);
 const LOST_PAUSE: Duration = Duration::from_millis(200);
 
@@ -71,10 +75,10 @@ impl Hub {
             let until = Instant::now() + LOST_AFTER;
             loop {
                 let turn = self.0.history.acquire().await.expect("the semaphore is never closed");
-                let is_of_stream = self.0.broker.is_of_stream(witness).await?;
+                let recognition = self.0.broker.recognize(witness).await?;
                 drop(turn);
-                if is_of_stream || Instant::now() >= until {
-                    return Ok(is_of_stream);
+                if recognition != Recognition::Beyond || Instant::now() >= until {
+                    return Ok(recognition == Recognition::Same);
                 }
                 tokio::time::sleep(LOST_PAUSE).await;
             }

@@ -25,7 +25,7 @@ use super::{
     requirements::Mismatch,
 };
 use crate::{
-    broker::Bounds,
+    broker::{Bounds, Recognition},
     event::{Epoch, Event},
     position::Witness,
 };
@@ -363,17 +363,19 @@ impl Leader {
 
     /// Whether the stream is the one in which that event was stored, as far as can be told. If the event is gone, what was
     /// stored later tells: it comes after it.
-    pub async fn is_of_stream(&self, witness: Witness) -> Result<bool, RequestError> {
+    pub async fn recognize(&self, witness: Witness) -> Result<Recognition, RequestError> {
+        // Shared with all that ask at the time.
+        if self.info().await?.bounds.last < witness.sequence {
+            return Ok(Recognition::Beyond);
+        }
+        let judge = |is_same: bool| if is_same { Recognition::Same } else { Recognition::Another };
         if let Some(stored) = self.get(json!({ "seq": witness.sequence })).await? {
             let time = stored.time().ok_or_else(|| RequestError::Garbled("a message without a time".into()))?;
-            return Ok(witness.is_of(time));
+            return Ok(judge(witness.is_of(time)));
         }
-        if self.info().await?.bounds.last < witness.sequence {
-            return Ok(false);
-        }
-        let Ok(later) = witness.time().checked_add(CLOCKS_APART) else { return Ok(true) };
+        let Ok(later) = witness.time().checked_add(CLOCKS_APART) else { return Ok(Recognition::Same) };
         let later = json!({ "start_time": later.to_string(), "next_by_subj": ">" });
-        Ok(self.get(later).await?.is_none_or(|found| found.sequence > witness.sequence))
+        Ok(judge(self.get(later).await?.is_none_or(|found| found.sequence > witness.sequence)))
     }
 
     /// See [`LeaderState::present`].
@@ -386,9 +388,8 @@ impl Leader {
         Sent { at: Instant::now(), known: self.0.known.present() }
     }
 
-    /// The incarnation that answered such a request, now; `None` if it may be one or another. Asked for if it may have
-    /// changed: when this gateway would not have heard of a change, or was told of one, or when the answer took so long
-    /// that the word of a change may have come together with it.
+    /// The epoch of the stream that sent this reply, or `None` if the stream may have been recreated in between. Asks the leader
+    /// unless advisories are subscribed, no change is pending, and the reply took less than [`SLOW`].
     pub async fn epoch_of_reply(&self, sending: Sent) -> Option<Epoch> {
         match !self.0.known.is_doubtful() && sending.at.elapsed() < SLOW {
             true => (self.epoch() == sending.known.epoch).then_some(sending.known.epoch),

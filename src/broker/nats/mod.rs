@@ -51,7 +51,7 @@ use self::{
 };
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, ConnectionState, Gone, Health, Hints, LastKnown, Link, Page,
-    Publication, Publish, PublishError, Read, SnapshotPage, SnapshotRead,
+    Publication, Publish, PublishError, Read, Recognition, SnapshotPage, SnapshotRead,
 };
 use crate::{
     config,
@@ -287,8 +287,8 @@ impl Broker for Nats {
         self.leader.known().present().witness(epoch)
     }
 
-    async fn is_of_stream(&self, witness: Witness) -> Result<bool, BrokerError> {
-        Ok(self.leader.is_of_stream(witness).await?)
+    async fn recognize(&self, witness: Witness) -> Result<Recognition, BrokerError> {
+        Ok(self.leader.recognize(witness).await?)
     }
 
     async fn gone(&self) -> Result<Gone, BrokerError> {

@@ -20,7 +20,7 @@ use super::{
     message::{Stored, TYPE},
 };
 use crate::{
-    broker::{Acknowledgement, Condition, Publication, Publish, PublishError, Published},
+    broker::{Acknowledgement, Condition, Publication, Publish, PublishError, Published, Recognition},
     event::{EventId, EventType},
     position::Witness,
     subject::Subject,
@@ -187,11 +187,12 @@ impl Publisher {
                 return Err(PublishError::ConditionFailed);
             }
         }
-        match witness {
-            Some(witness) if !self.leader.is_of_stream(witness).await.map_err(|_| PublishError::Unavailable)? => {
-                Err(PublishError::ConditionFailed)
-            }
-            Some(_) | None => Ok(id.sequence),
+        // Most often it is the newest event, which is known.
+        let newest = self.leader.known().present().witness(self.leader.epoch());
+        let Some(witness) = witness.filter(|witness| newest != Some(*witness)) else { return Ok(id.sequence) };
+        match self.leader.recognize(witness).await.map_err(|_| PublishError::Unavailable)? {
+            Recognition::Same => Ok(id.sequence),
+            Recognition::Another | Recognition::Beyond => Err(PublishError::ConditionFailed),
         }
     }
 }
