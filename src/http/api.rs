@@ -44,10 +44,10 @@ fn rename(value: &mut Value, from: &str, to: &str) {
     }
 }
 
-fn server(request: &HttpRequest) -> String {
-    let info = request.connection_info();
+fn server(app: &App, request: &HttpRequest) -> String {
+    let is_https = request.peer_addr().is_some_and(|peer| app.proxies.say_https(peer.ip(), request.headers()));
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("localhost");
-    format!("{}://{host}", if info.scheme() == "https" { "https" } else { "http" })
+    format!("{}://{host}", if is_https { "https" } else { "http" })
 }
 
 fn document(app: &App, request: &HttpRequest) -> Value {
@@ -61,7 +61,7 @@ fn document(app: &App, request: &HttpRequest) -> Value {
             "description": DESCRIPTION,
             "license": { "name": LICENSE, "identifier": LICENSE },
         },
-        "servers": [{ "url": server(request) }],
+        "servers": [{ "url": server(app, request) }],
         "tags": [{ "name": "subscribe" }, { "name": "publish" }],
         "paths": {
             "/events/{subject}": {
@@ -280,7 +280,7 @@ fn schemas() -> Value {
 }
 
 fn channels(app: &App, request: &HttpRequest) -> Value {
-    let url = server(request);
+    let url = server(app, request);
     let (scheme, host) = url.split_once("://").expect("a URL has a scheme");
     let message = |name: &str, summary: &str, payload: Value| json!({ "name": name, "title": name, "summary": summary, "contentType": "application/json", "payload": payload });
     let reason = |reasons: &[&str]| object(&["reason"], json!({ "reason": { "enum": reasons } }));
