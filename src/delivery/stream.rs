@@ -35,7 +35,7 @@ use crate::{
     wire::{self, Format, Framing},
 };
 
-/// A client that takes nothing for so long is not only slow for a moment: what waits for it is given back.
+/// After this long without write progress, queued frames that have not been started go back to the cursor.
 const GIVE_BACK_AFTER: Duration = Duration::from_millis(250);
 /// What a client holds of events that it has begun, in bytes, above which it is looked at more often.
 const LARGE_BYTES: usize = 16 * 1024;

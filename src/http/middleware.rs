@@ -46,7 +46,7 @@ struct RequestContext {
     address: Option<IpAddr>,
 }
 
-/// Takes a request to its handler, and its answer back.
+/// Middleware of the public listener: assigns the request id, calls the handler, adds CORS headers and `X-Request-Id`.
 pub async fn public(
     app: web::Data<App>,
     mut request: ServiceRequest,
@@ -78,8 +78,8 @@ pub async fn public(
     Ok(finish(response, serving).await)
 }
 
-/// Takes a request of an operator to its handler, if it names this listener as operators do: a page that has its own
-/// name lead here (DNS rebinding) could read what is here otherwise.
+/// Middleware of the admin listener: refuses a `Host` that is not an address, `localhost` or in `admin.hosts`. Otherwise a page
+/// could have its own name resolve to this listener (DNS rebinding), and read what is here.
 pub async fn admin(
     app: web::Data<App>,
     mut request: ServiceRequest,
