@@ -15,14 +15,14 @@
 //! | module | is for | uses |
 //! |---|---|---|
 //! | [`gateway`] | puts the parts together, drains them in order | everything below |
-//! | [`http`] | the URL space, requests and problems; hands sockets over | auth, limits, delivery, hub, broker, wire |
+//! | [`http`] | the URL space, requests and problems, the console, the API description; hands sockets over | auth, limits, delivery, hub, broker, wire |
 //! | [`auth`] | authentication and authorization | subject |
 //! | [`delivery`] | the streams: writes what their cursors yield to their sockets | limits, hub, wire |
 //! | [`limits`] | how much one address or principal may ask for | |
-//! | [`hub`] | feeds, cursors, where a stream begins | broker, wire, position |
+//! | [`hub`] | feeds, cursors, where a stream begins and ends | broker, wire, position |
 //! | [`broker`] | the one trait, and its two implementations | nats, event |
 //! | [`nats`] | a client for NATS connections that carry what other people published | |
-//! | [`wire`] | event -> bytes; pure | event |
+//! | [`wire`] | event -> bytes, as event stream or NDJSON; pure | position, event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`memory`] | how many bytes the node holds for its clients, and whether that is too much | |
