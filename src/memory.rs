@@ -6,8 +6,10 @@
 //!
 //! | the budget is | what the owners do |
 //! |---|---|
-//! | [high](Memory::is_high): above three quarters | feeds keep only small events, and other readers are served from history; streams end whose clients have been slow to take a large event |
-//! | [full](Memory::is_full): above fifteen sixteenths | new streams are refused, live events are not kept until they are looked at, but read again |
+//! | [high](Memory::is_high): above five eighths | feeds keep only small events, and other readers are served from history; streams end whose clients have been slow to take a large event |
+//! | [full](Memory::is_full): above thirteen sixteenths | new streams are refused, live events are not kept until they are looked at, but read again |
+//!
+//! The rest is for what the allocator keeps to use it again.
 //!
 //! Large live events that wait to be looked at have a quarter of the budget at most; what is beyond is read again. (64 filters that
 //! match one subject are 64 copies of each of its events.)
@@ -43,6 +45,8 @@ struct Shared {
     parts: [AtomicUsize; Part::ALL.len()],
     became_high: Notify,
     has_room: Notify,
+    /// Those that wait for room, in the order in which they came.
+    queue: tokio::sync::Mutex<()>,
 }
 
 /// What memory is used for.
@@ -90,6 +94,7 @@ impl Memory {
             parts: Default::default(),
             became_high: Notify::new(),
             has_room: Notify::new(),
+            queue: tokio::sync::Mutex::default(),
         }));
         memory.set_limit(limit);
         memory
@@ -114,14 +119,14 @@ impl Memory {
         self.0.parts[part as usize].load(Ordering::Relaxed)
     }
 
-    /// Whether memory is to be given back: more than three quarters of the budget are used.
+    /// Whether memory is to be given back: more than five eighths of the budget are used.
     pub fn is_high(&self) -> bool {
         self.0.used.load(Ordering::Relaxed) > self.high()
     }
 
     /// Whether nothing new is to be begun.
     pub fn is_full(&self) -> bool {
-        self.0.used.load(Ordering::Relaxed) > self.limit() / 16 * 15
+        self.0.used.load(Ordering::Relaxed) > self.limit() / 16 * 13
     }
 
     /// Whether a part is not to hold so many bytes more: nothing new is to be begun, or the part would have more than a quarter
@@ -142,8 +147,10 @@ impl Memory {
     }
 
     /// Counts bytes that are to be held, as soon as they do not make the budget high, or the part has no more than a quarter of
-    /// it with them. A part that holds nothing gets what it asks for.
+    /// it with them. A part that holds nothing gets what it asks for. First come, first served: one who asks for much would
+    /// else be in time each time, and another never.
     pub async fn reserve(&self, part: Part, bytes: usize) -> Held {
+        let _turn = self.0.queue.lock().await;
         loop {
             // Before looking, so that what is given back after the look wakes.
             let has_room = self.0.has_room.notified();
@@ -156,7 +163,7 @@ impl Memory {
     }
 
     fn high(&self) -> usize {
-        self.limit() / 4 * 3
+        self.limit() / 8 * 5
     }
 
     fn take(&self, part: Part, bytes: usize) {
@@ -241,22 +248,22 @@ mod tests {
     #[tokio::test]
     async fn what_is_held_counts_until_it_is_dropped() {
         let memory = Memory::new(100);
-        let mut logs = memory.hold(Part::Logs, 60);
+        let mut logs = memory.hold(Part::Logs, 45);
         let pages = memory.hold(Part::Pages, 15);
         assert!(!memory.is_high());
         assert!(memory.until_high().now_or_never().is_none());
-        logs.resize(61);
+        logs.resize(46);
         assert!(memory.is_high() && !memory.is_full());
         assert!(memory.until_high().now_or_never().is_some());
-        logs.resize(75);
+        logs.resize(60);
         assert!(!memory.is_full() && memory.reserve(Part::Pages, 11).now_or_never().is_none());
         assert!(memory.reserve(Part::Pages, 10).now_or_never().is_some(), "a quarter is for each part");
         let mut waits = Box::pin(memory.reserve(Part::Pages, 11));
         assert!(futures_util::poll!(&mut waits).is_pending());
-        assert_eq!((memory.used_by(Part::Logs), memory.used_by(Part::Pages)), (75, 15));
+        assert_eq!((memory.used_by(Part::Logs), memory.used_by(Part::Pages)), (60, 15));
         logs.resize(94);
         assert!(memory.is_full());
-        logs.resize(49);
+        logs.resize(34);
         assert!(waits.now_or_never().is_some());
         drop(pages);
         assert!(
@@ -265,6 +272,21 @@ mod tests {
         );
         drop(logs);
         assert_eq!(memory.0.used.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn one_who_waits_for_much_room_is_not_passed_by_those_who_want_little() {
+        let memory = Memory::new(160);
+        let [logs, first] = [memory.hold(Part::Logs, 60), memory.hold(Part::Pages, 40)];
+        let mut much = Box::pin(memory.reserve(Part::Pages, 60));
+        assert!(futures_util::poll!(&mut much).is_pending());
+        let mut little = Box::pin(memory.reserve(Part::Pages, 10));
+        assert!(futures_util::poll!(&mut little).is_pending());
+        drop(logs);
+        assert!(futures_util::poll!(&mut little).is_pending(), "there is room for it, and it is not its turn");
+        assert!(futures_util::poll!(&mut much).is_ready());
+        drop(first);
+        assert!(futures_util::poll!(&mut little).is_ready());
     }
 
     #[test]

@@ -137,6 +137,52 @@ impl Filter {
         }
     }
 
+    /// What matches the subjects that both match, if there are any.
+    pub fn intersection(&self, other: &Filter) -> Option<Filter> {
+        let (mut ours, mut theirs) = (self.0.split('.'), other.0.split('.'));
+        let mut tokens = vec![];
+        loop {
+            match (ours.next(), theirs.next()) {
+                (None, None) => break,
+                (Some(">"), Some(token)) => {
+                    tokens.extend(std::iter::once(token).chain(theirs));
+                    break;
+                }
+                (Some(token), Some(">")) => {
+                    tokens.extend(std::iter::once(token).chain(ours));
+                    break;
+                }
+                (Some("*"), Some(token)) | (Some(token), Some("*")) => tokens.push(token),
+                (Some(one), Some(other)) if one == other => tokens.push(one),
+                _ => return None,
+            }
+        }
+        Some(Filter(tokens.join(".").into()))
+    }
+
+    /// What matches every subject that either matches, and as few others as one filter can.
+    pub fn union(&self, other: &Filter) -> Filter {
+        let (mut ours, mut theirs) = (self.0.split('.'), other.0.split('.'));
+        let mut tokens = vec![];
+        loop {
+            match (ours.next(), theirs.next()) {
+                (None, None) => break,
+                (None, Some(_)) | (Some(_), None) => {
+                    // What `>` stands for is a token at least.
+                    tokens.pop();
+                    tokens.push(">");
+                    break;
+                }
+                (Some(">"), _) | (_, Some(">")) => {
+                    tokens.push(">");
+                    break;
+                }
+                (Some(one), Some(other)) => tokens.push(if one == other { one } else { "*" }),
+            }
+        }
+        Filter(tokens.join(".").into())
+    }
+
     /// The fewest of `filters` that match what all of them do together: each that another covers is left out.
     pub fn fold(filters: Vec<Filter>) -> Vec<Filter> {
         let mut folded: Vec<Filter> = vec![];
@@ -252,6 +298,15 @@ mod tests {
             let f: Vec<_> = filter.as_str().split('.').collect();
             let s: Vec<_> = subject.as_str().split('.').collect();
             prop_assert_eq!(filter.matches(&subject), naive_match(&f, &s));
+        }
+
+        #[test]
+        fn two_filters_as_one_match_what_both_and_what_either_matches(one in filter(), other in filter(), subject in subject()) {
+            let (both, either) = (one.intersection(&other), one.union(&other));
+            prop_assert_eq!(both.is_some(), one.overlaps(&other));
+            let is_both = both.is_some_and(|both| both.matches(&subject));
+            prop_assert_eq!(is_both, one.matches(&subject) && other.matches(&subject));
+            prop_assert!(either.covers(&one) && either.covers(&other), "{}", either);
         }
 
         #[test]

@@ -4,7 +4,7 @@ mod support;
 
 use std::{
     io::{BufRead, BufReader, Read as _, Write},
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     sync::Arc,
     time::Duration,
 };
@@ -28,7 +28,7 @@ use support::{
     PATIENCE,
     broker::{eventually, filter, next, on, sequences, stored},
     cut::{Cut, Flow},
-    nats::{Cluster, NatsServer},
+    nats::{Cluster, NatsServer, free_address},
 };
 
 const HISTORY: History = History { page_events: 100, page_bytes: 100_000, concurrency: 4, shared_pages: 4 };
@@ -604,6 +604,45 @@ async fn an_outcome_that_is_not_known_is_called_so_and_a_retry_stores_once() {
 }
 
 #[tokio::test]
+async fn many_overlapping_filters_share_what_the_server_sends() {
+    let monitoring = free_address();
+    let server = NatsServer::with(&format!("http: \"{monitoring}\""));
+    let broker = connect(&server.settings()).await;
+    let subscribed = || subscriptions(monitoring).into_iter().filter(|subject| subject.starts_with("live.")).count();
+    let mut feeds = vec![];
+    for stars in 1..32 {
+        let token = |(at, token): (usize, &'static str)| if stars >> at & 1 == 1 { "*" } else { token };
+        let tokens: Vec<_> = ["a", "b", "c", "d", "e"].into_iter().enumerate().map(token).collect();
+        let filter = filter(&tokens.join("."));
+        let hints = broker.live(&filter).await.unwrap();
+        feeds.push((filter, hints));
+    }
+    // The server sends an event as often as subscriptions match it.
+    let copies = subscribed();
+    assert!((9..=14).contains(&copies), "{copies} subscriptions for 31 filters that all match one subject");
+
+    // What a feed asks for comes to it, and nothing else.
+    let subjects = ["x.x.x.x.x", "a.b.c.d.x", "a.b.c.d.e"];
+    for subject in subjects {
+        broker.publish(on(subject)).await.unwrap().await.unwrap();
+    }
+    for (filter, hints) in &mut feeds {
+        for subject in subjects.map(Subject::stored).iter().filter(|subject| filter.matches(subject)) {
+            assert_eq!(stored(hints).await.subject, *subject, "{filter}");
+        }
+    }
+
+    // Those that share a subscription end it together.
+    feeds.drain(..20);
+    broker.publish(on("a.b.c.d.e")).await.unwrap().await.unwrap();
+    for (_, hints) in &mut feeds {
+        assert_eq!(stored(hints).await.sequence, 4);
+    }
+    drop(feeds);
+    eventually(async || subscribed() == 0).await;
+}
+
+#[tokio::test]
 async fn hints_that_overflow_are_called_lost() {
     let server = NatsServer::start();
     let mut settings = server.settings();
@@ -736,6 +775,18 @@ async fn connect(settings: &config::Nats) -> Nats {
 }
 
 /// That a gateway does not start, and says all of this about it on one line.
+/// The subjects of all subscriptions that a server has, by its monitoring endpoint.
+fn subscriptions(monitoring: SocketAddr) -> Vec<String> {
+    let mut socket = TcpStream::connect(monitoring).unwrap();
+    write!(socket, "GET /connz?subs=1 HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    let body: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let of = |connection: &Value| connection["subscriptions_list"].as_array().cloned().unwrap_or_default();
+    let subjects = body["connections"].as_array().unwrap().iter().flat_map(of);
+    subjects.map(|subject| subject.as_str().unwrap().to_owned()).collect()
+}
+
 async fn refused(settings: &config::Nats, words: &[&str]) {
     let error =
         Nats::connect(settings, &HISTORY, EVENT_BYTES, &Memory::new(0)).await.map(|_| ()).unwrap_err().to_string();

@@ -16,6 +16,8 @@ use crate::{
 
 const BUDGET: &str = "67108864";
 const LARGE: usize = 1_000_000;
+/// Large events a second in the first half; in the second, as many as there can be.
+const LARGE_RATE: u32 = 40;
 const RATE: u32 = 100;
 const EVENTS: u32 = 600;
 const GOOD_CLIENTS: usize = 10;
@@ -40,6 +42,7 @@ fn attacks() -> Vec<Attack> {
     let each = || (0..400).map(|client| format!("c{client}"));
     vec![
         Attack { name: "nobody", targets: vec![], subjects: vec![], reads: true },
+        Attack { name: "nobody reads them", targets: vec![], subjects: vec!["large".to_owned()], reads: true },
         Attack {
             name: "1,024 feeds of 16 streams",
             targets: (0..16).map(query).collect(),
@@ -63,7 +66,15 @@ fn attacks() -> Vec<Attack> {
 
 /// The latency of a well-behaved reader beside each attack, and the most memory that the gateway had.
 pub fn compare() {
-    println!("\n{GOOD_CLIENTS} clients at {RATE} events a second, beside events of 1 MB; limits.memory = {BUDGET}");
+    compare_at(Some(LARGE_RATE));
+    compare_at(None);
+}
+
+fn compare_at(large_rate: Option<u32>) {
+    let much = large_rate.map_or("as many as can be".to_owned(), |rate| format!("{rate} a second"));
+    println!(
+        "\n{GOOD_CLIENTS} clients at {RATE} events a second, beside events of 1 MB, {much}; limits.memory = {BUDGET}"
+    );
     println!("beside                            p50 ms   p99 ms  p99 ratio  large events  MB beyond empty");
     let nats = NatsServer::start(LOAD_CORE);
     let mut calm = None;
@@ -81,7 +92,7 @@ pub fn compare() {
                     while let Ok(1..) = stream.read(&mut piece) {}
                 });
             }
-            let flood = threads.spawn(|| flood(address, &attack.subjects, &ends));
+            let flood = threads.spawn(|| flood(address, &attack.subjects, large_rate, &ends));
             let mut looked = Instant::now();
             pace(RATE, EVENTS, &mut target, |target, number| {
                 target.publish(None, number + 1, PAYLOAD_BYTES);
@@ -112,11 +123,14 @@ fn open(address: SocketAddr, target: &str) -> TcpStream {
 }
 
 /// Publishes large events, one after the other, until it is to end; says how many.
-fn flood(address: SocketAddr, subjects: &[String], ends: &AtomicBool) -> usize {
+fn flood(address: SocketAddr, subjects: &[String], rate: Option<u32>, ends: &AtomicBool) -> usize {
     let payload = "x".repeat(LARGE);
     let mut sent = 0;
     let Ok(mut socket) = TcpStream::connect(address) else { return 0 };
+    let began = Instant::now();
     for subject in subjects.iter().cycle() {
+        let due = rate.map(|rate| began + Duration::from_secs(1) * sent as u32 / rate);
+        thread::sleep(due.map_or(Duration::ZERO, |due| due.saturating_duration_since(Instant::now())));
         if ends.load(Ordering::Relaxed) {
             break;
         }

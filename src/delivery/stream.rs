@@ -404,8 +404,8 @@ impl Stream {
             }
         }
         let is_slow = common.memory.is_high() && held.began + LARGE_FOR <= now;
-        // Where there is no memory left, one that takes nothing is let go sooner: others come as fast as events do.
-        let is_stuck = common.memory.is_full() && held.since + GIVE_BACK_AFTER <= now;
+        // One that takes nothing at all is let go sooner: others come as fast as events do.
+        let is_stuck = common.memory.is_high() && held.since + GIVE_BACK_AFTER <= now;
         if held.is_large() && (is_slow || is_stuck) {
             return Err(End::Memory);
         }

@@ -113,6 +113,11 @@ impl Client {
         Some((Subscription { client: self.clone(), sid }, confirmed))
     }
 
+    /// Resolves once the server has handled everything that it was told before. `None` while there is no connection.
+    pub fn confirm(&self) -> Option<oneshot::Receiver<()>> {
+        self.0.subscriptions.confirm()
+    }
+
     /// Publishes a request. `false` while there is no connection.
     pub fn publish(&self, subject: &str, reply: &str, payload: &[u8]) -> bool {
         self.0.subscriptions.publish(subject, reply, payload)

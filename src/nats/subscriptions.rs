@@ -113,6 +113,19 @@ impl Subscriptions {
         Some(confirmed)
     }
 
+    /// Resolves once the server has handled what it was told before. `None` while there is no server to be told.
+    pub fn confirm(&self) -> Option<oneshot::Receiver<()>> {
+        let mut state = self.state();
+        if state.server == Server::Away {
+            return None;
+        }
+        let (sender, confirmed) = oneshot::channel();
+        state.next_ping.get_or_insert_default().waiting.push(sender);
+        drop(state);
+        self.work.notify_one();
+        Some(confirmed)
+    }
+
     pub fn unsubscribe(&self, sid: u64) {
         let mut state = self.state();
         if state.subjects.remove(&sid).is_some() && state.server != Server::Away {

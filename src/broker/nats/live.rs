@@ -1,7 +1,7 @@
 //! Live hints: what the stream republishes, on one connection for all feeds.
 //!
 //! ```text
-//! nats::Connection -> Router -> message::hint -> Mailbox -> the feed that subscribed
+//! nats::Connection -> Router -> message::hint -> Feeds -> Mailbox -> the feed that subscribed
 //! ```
 //!
 //! Feeds do not see reconnects. Once the server has handled all subscriptions again, every feed is asked to resync (see
@@ -15,7 +15,6 @@
 //! sequence and time contradict those of another.
 
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -26,6 +25,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::{
     connector::Connector,
+    feeds::{Feed, Feeds, Way},
     leader::LeaderState,
     message,
     provision::StartError,
@@ -80,7 +80,7 @@ impl Live {
     /// Hints on `filter`. When this returns, the server knows of it.
     pub async fn subscribe(&self, filter: &Filter) -> Result<Hints, BrokerError> {
         let away = |why: &str| BrokerError::Unavailable(format!("live: {why}"));
-        let subscribed = self.router.subscribe(filter, format!("{}{filter}", self.live_prefix));
+        let subscribed = self.router.subscribe(filter, &self.live_prefix);
         let (hints, confirmed) = subscribed.ok_or_else(|| away("not connected"))?;
         match tokio::time::timeout(self.timeout, confirmed).await {
             Ok(Ok(())) => Ok(Box::pin(hints)),
@@ -114,15 +114,10 @@ pub(super) struct Router {
 struct State {
     /// Whether the server has handled all subscriptions.
     is_ready: bool,
-    feeds: HashMap<u64, FeedEntry>,
+    feeds: Feeds,
     /// While there is a question.
     held: Option<Held>,
     newest: Option<Newest>,
-}
-
-struct FeedEntry {
-    filter: Filter,
-    mailbox: Arc<Mailbox>,
 }
 
 /// Messages whose incarnation is in question.
@@ -164,15 +159,20 @@ impl Newest {
     }
 }
 
-/// Ends a feed's subscription when its hints are dropped.
+/// Ends a feed's subscription, or its part in one, when its hints are dropped.
 pub(super) struct Subscribed {
     router: Arc<Router>,
-    subscription: Subscription,
+    sid: u64,
+    mailbox: Arc<Mailbox>,
+    /// The one that it has alone.
+    _own: Option<Subscription>,
 }
 
 impl Drop for Subscribed {
     fn drop(&mut self) {
-        self.router.state().feeds.remove(&self.subscription.sid());
+        let removed = self.router.state().feeds.remove(self.sid, &self.mailbox);
+        // Without the lock: a subscription tells the server of its end.
+        drop(removed);
     }
 }
 
@@ -186,16 +186,33 @@ impl Router {
     }
 
     /// `None` while there is no connection.
-    fn subscribe(self: &Arc<Router>, filter: &Filter, subject: String) -> Option<Begun> {
-        let sid = self.client.new_sid();
+    fn subscribe(self: &Arc<Router>, filter: &Filter, live_prefix: &str) -> Option<Begun> {
         let mailbox = Arc::new(Mailbox::new(self.room, &self.memory));
-        // Before the server is told, so that nothing comes for nobody.
-        self.state().feeds.insert(sid, FeedEntry { filter: filter.clone(), mailbox: mailbox.clone() });
-        let Some((subscription, confirmed)) = self.client.subscribe(sid, subject) else {
-            self.state().feeds.remove(&sid);
-            return None;
+        let feed = Feed { filter: filter.clone(), mailbox: mailbox.clone() };
+        // Locked until the feed is known, so that nothing comes for nobody.
+        let mut state = self.state();
+        let begin = |filter: &Filter| self.client.subscribe(self.client.new_sid(), format!("{live_prefix}{filter}"));
+        let (sid, own, confirmed) = match state.feeds.way_for(filter) {
+            Way::Own => {
+                let (subscription, confirmed) = begin(filter)?;
+                state.feeds.insert(subscription.sid(), feed);
+                (subscription.sid(), Some(subscription), confirmed)
+            }
+            Way::Joined(sid) => {
+                let confirmed = self.client.confirm()?;
+                state.feeds.join(sid, feed);
+                (sid, None, confirmed)
+            }
+            Way::Wider(wider) => {
+                let (subscription, confirmed) = begin(&wider)?;
+                let sid = subscription.sid();
+                state.feeds.share(wider, feed, subscription);
+                (sid, None, confirmed)
+            }
         };
-        Some((Received::new(mailbox, Subscribed { router: self.clone(), subscription }), confirmed))
+        drop(state);
+        let subscribed = Subscribed { router: self.clone(), sid, mailbox: mailbox.clone(), _own: own };
+        Some((Received::new(mailbox, subscribed), confirmed))
     }
 
     /// Puts a message into its feed's mailbox, unless it is to be held. A feed that has gone meanwhile needs none.
@@ -203,8 +220,8 @@ impl Router {
         if let Some(held) = &mut state.held {
             return held.keep(message);
         }
-        let Some(feed) = state.feeds.get(&message.sid) else { return };
-        let hint = message::hint(&message, &feed.filter, &self.names, self.known.present());
+        let Some(filter) = state.feeds.filter(message.sid) else { return };
+        let hint = message::hint(&message, filter, &self.names, self.known.present());
         if let Hint::Stored { event, epoch, .. } = &hint {
             let this = Newest::of(*epoch, event);
             match &state.newest {
@@ -218,7 +235,7 @@ impl Router {
                 }
             }
         }
-        feed.mailbox.put(hint);
+        state.feeds.hand_over(message.sid, hint);
     }
 
     /// Asks which incarnation there is, and holds what comes until that is settled.
@@ -242,7 +259,7 @@ impl Router {
         let Some(held) = state.held.take() else { return };
         state.newest = None;
         if held.are_lost {
-            state.feeds.values().for_each(|feed| feed.mailbox.put(Hint::Lost));
+            state.feeds.lose();
         }
         for message in held.messages {
             self.hand_over(&mut state, message);
@@ -327,7 +344,7 @@ mod tests {
     /// Hints on this filter, under the first number.
     fn subscribe(router: &Router, filter: &str) -> Received<()> {
         let (filter, mailbox) = (Filter::parse(filter).unwrap(), Arc::new(Mailbox::new(ROOM, &Memory::new(0))));
-        router.state().feeds.insert(1, FeedEntry { filter, mailbox: mailbox.clone() });
+        router.state().feeds.insert(1, Feed { filter, mailbox: mailbox.clone() });
         Received::new(mailbox, ())
     }
 

@@ -12,7 +12,7 @@
 //! | `history`, `batch` | pages: batches by any replica, proven by the leader |
 //! | `snapshot` | the last event of every subject |
 //! | `publish` | storing, and the meaning of the answer |
-//! | `live` | hints of what was just stored |
+//! | `live`, `feeds` | hints of what was just stored, and which feeds they are for |
 //! | `monitor` | every occasion on which hints may have been lost, or be of another stream |
 //! | `message` | messages as events |
 //!
@@ -28,6 +28,7 @@ mod batch;
 mod coalesce;
 mod connector;
 mod epoch;
+mod feeds;
 mod history;
 mod inbox;
 mod leader;
