@@ -41,6 +41,13 @@ pub enum EventTypeError {
     Reserved,
 }
 
+impl Event {
+    /// Whether its sender wants it gone by now. The stream has dropped it; the node has only not forgotten it yet.
+    pub fn has_expired(&self) -> bool {
+        self.expires.is_some_and(|at| at <= Timestamp::now())
+    }
+}
+
 impl EventType {
     /// Parses a type that a publisher named.
     ///

@@ -543,7 +543,9 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
             for cursor in &mut cursors {
                 let mut got = vec![];
                 while got.len() < 2 {
-                    let frames = tokio::time::timeout(PATIENCE, cursor.next()).await.expect("frames in time");
+                    let frames = tokio::time::timeout(PATIENCE, std::future::poll_fn(|cx| cursor.poll_next(cx)))
+                        .await
+                        .expect("frames in time");
                     assert!(frames.iter().all(|frame| frame.block.text().starts_with(b"data: {}\n")), "{setting}");
                     got.extend(frames.iter().map(|frame| frame.sequence));
                 }

@@ -6,7 +6,7 @@ use std::{process::Command, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{Ends, Hub, Proof, Settings, Start, StartAt};
+use super::{Ends, Hub, Proof, Settings, Start, StartAt, tests::frames_of};
 use crate::{
     broker::{
         Broker, Health, Publication, Publish,
@@ -69,7 +69,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
                 readers.spawn(async move {
                     let mut got: Vec<u64> = vec![];
                     loop {
-                        for frame in cursor.next().await {
+                        for frame in frames_of(&mut cursor).await {
                             let text = String::from_utf8_lossy(frame.block.text()).into_owned();
                             assert!(!text.contains("tidegate."), "{text}");
                             got.push(frame.sequence);

@@ -25,20 +25,19 @@ use super::{
     encoded::Encoder,
     ends::{ASK_AGAIN, Bound, Completed, Remaining},
     feed::Take,
-    log::{self, Slice},
     pages::{Ahead, SharedPage},
     place::{Place, Snapshot, StartPoint},
     progress::Progress,
     resume::{self, Origin, StartAt},
+    slice::{Found, Slice},
 };
 use crate::{
     backoff::Backoff,
     broker::{SnapshotPage, SnapshotRead},
-    event::{Epoch, EventId},
+    event::{Epoch, Event, EventId},
     memory::Held,
     metrics::Counted,
     position::{Position, Witness},
-    subject::Subject,
     wire::{Block, Format, Framing, GapReason, OwnId},
 };
 
@@ -158,11 +157,6 @@ impl Cursor {
         }
     }
 
-    /// Waits for the next frames. May be dropped at any await and called again; nothing is lost or repeated.
-    pub async fn next(&mut self) -> Vec<Frame> {
-        std::future::poll_fn(|cx| self.poll_next(cx)).await
-    }
-
     fn listen(&mut self, listener: &Waker) {
         if self.listener.as_ref().is_none_or(|known| !known.will_wake(listener)) {
             self.listen_no_more();
@@ -278,40 +272,6 @@ impl Cursor {
         }
     }
 
-    /// Takes away what comes after the end from what was taken at a place.
-    fn cut_off(&mut self, number: usize, slice: Slice) -> Slice {
-        let Some(remaining) = &mut self.remaining else { return slice };
-        let place = &mut self.places[number];
-        let Slice { mut blocks, mut reached, stored } = slice;
-        let mut kept = 0;
-        for found in &blocks {
-            if remaining.is_beyond(found.sequence, found.stored) || remaining.events == Some(0) {
-                break;
-            }
-            if found.stored.is_some() {
-                remaining.has_delivered = true;
-                if let Some(events) = &mut remaining.events {
-                    *events -= 1;
-                }
-            }
-            kept += 1;
-        }
-        if kept < blocks.len() {
-            let beyond = blocks[kept].sequence;
-            if let Bound::Time(_) = remaining.bound {
-                // Times grow with sequences.
-                remaining.bound = Bound::Sequence(beyond - 1);
-            }
-            reached = match remaining.events {
-                Some(0) => blocks[..kept].last().map_or(place.position.min(beyond - 1), |last| last.sequence),
-                _ => beyond - 1,
-            };
-            blocks.truncate(kept);
-            (place.position, place.ahead) = (reached, Ahead::default());
-        }
-        Slice { blocks, reached, stored }
-    }
-
     /// The incarnation of the stream that it reads.
     pub fn epoch(&self) -> Epoch {
         self.epoch
@@ -390,12 +350,17 @@ impl Cursor {
             }) {
                 continue;
             }
-            while let Some(slice) = self.take_at(number) {
-                let Slice { blocks, reached, stored } = self.cut_off(number, slice);
-                self.has_untold_move |= blocks.last().is_none_or(|last| last.sequence < reached);
-                if !blocks.is_empty() {
+            while let Some((mut slice, is_live)) = self.take_at(number) {
+                let place = &mut self.places[number];
+                let is_cut = |remaining: &mut Box<Remaining>| remaining.cut(&mut slice, place.position);
+                if self.remaining.as_mut().is_some_and(is_cut) {
+                    (place.position, place.ahead) = (slice.reached, Ahead::default());
+                }
+                self.has_untold_move |= slice.blocks.last().is_none_or(|last| last.sequence < slice.reached);
+                if !slice.blocks.is_empty() {
                     self.turn = number;
-                    let mut frames = self.frames(number, blocks);
+                    let stored = slice.newest().filter(|_| is_live);
+                    let mut frames = self.frames(number, slice.blocks);
                     if let Some(newest) = frames.last_mut() {
                         newest.stored = stored;
                     }
@@ -411,38 +376,22 @@ impl Cursor {
     fn take_snapshot(&mut self) -> Vec<Frame> {
         let encoder = Encoder { epoch: self.epoch, format: self.format, memory: &self.hub.0.memory };
         let Some(snapshot) = &mut self.snapshot else { return vec![] };
-        let bytes_max = self.hub.0.settings.write_bytes;
-        let (mut frames, mut bytes) = (vec![], 0);
-        while let Some(event) = snapshot.ahead.front() {
-            if event.expires.is_some_and(|at| at <= Timestamp::now()) {
-                snapshot.position = event.sequence;
-                snapshot.ahead.pop_front();
-                continue;
-            }
-            if let Some(remaining) = &mut self.remaining {
-                if remaining.events == Some(0) {
-                    return frames;
-                }
-                if remaining.is_beyond(event.sequence, Some(event.time)) {
-                    snapshot.ahead.clear();
-                    (snapshot.position, snapshot.ahead_reached) = (snapshot.as_of, snapshot.as_of);
-                    break;
-                }
-            }
-            let block = encoder.encode(event);
-            if !frames.is_empty() && bytes + block.len() > bytes_max {
-                break;
-            }
-            bytes += block.len();
-            snapshot.position = event.sequence;
-            frames.push(Frame::new(event.sequence, block));
-            if let Some(remaining) = &mut self.remaining {
-                remaining.has_delivered = true;
-                remaining.events = remaining.events.map(|events| events - 1);
-            }
+        if self.remaining.as_ref().is_some_and(|remaining| remaining.events == Some(0)) {
+            return vec![];
+        }
+        let mut slice =
+            Slice::of(&snapshot.ahead, snapshot.position, encoder, self.hub.0.settings.write_bytes, |_| false);
+        let is_cut = self.remaining.as_mut().is_some_and(|remaining| remaining.cut(&mut slice, snapshot.position));
+        snapshot.position = slice.reached;
+        while snapshot.ahead.front().is_some_and(|encoded| encoded.event.sequence <= slice.reached) {
             snapshot.ahead.pop_front();
         }
-        if frames.is_empty() {
+        if is_cut && self.remaining.as_ref().is_some_and(|remaining| remaining.events != Some(0)) {
+            // Nothing of what is left of it is wanted.
+            snapshot.ahead.clear();
+            (snapshot.position, snapshot.ahead_reached) = (snapshot.as_of, snapshot.as_of);
+        }
+        if slice.blocks.is_empty() {
             snapshot.held.resize(0);
             snapshot.position = snapshot.position.max(snapshot.ahead_reached);
             if snapshot.position < snapshot.as_of {
@@ -452,28 +401,34 @@ impl Cursor {
                 return self.take();
             }
         }
-        frames
+        slice.blocks.into_iter().map(|found| Frame::new(found.sequence, found.block)).collect()
     }
 
-    /// What comes next at one place, perhaps all of it skipped; `None` when there is nothing.
-    fn take_at(&mut self, number: usize) -> Option<Slice> {
-        let place = &self.places[number];
-        let bytes_max = self.hub.0.settings.write_bytes;
+    /// What comes next at one place, perhaps all of it skipped, and whether it came live; `None` when there is nothing.
+    fn take_at(&mut self, number: usize) -> Option<(Slice, bool)> {
+        let place = &mut self.places[number];
         if place.ahead.is_stale(self.hub.removals(), self.hub.oldest()) {
-            self.places[number].ahead = Ahead::default();
+            place.ahead = Ahead::default();
         }
         let place = &self.places[number];
+        let (memory, bytes_max) = (&self.hub.0.memory, self.hub.0.settings.write_bytes);
+        let skips = |event: &Event| self.is_too_early(event.time) || self.skips(number, event);
         if !place.ahead.is_empty() {
-            return Some(self.take_ahead(number));
+            let encoder = Encoder { epoch: self.epoch, format: self.format, memory };
+            let mut slice = Slice::of(place.ahead.events(), place.position, encoder, bytes_max, skips);
+            let place = &mut self.places[number];
+            place.ahead.advance(slice.reached);
+            if place.ahead.is_empty() {
+                slice.reached = slice.reached.max(place.ahead_proven);
+            }
+            place.position = slice.reached;
+            return Some((slice, false));
         }
-        let skips =
-            |subject: &Subject, sequence, stored| self.is_too_early(stored) || self.skips(number, subject, sequence);
-        match place.reader.feed.take(place.position, (self.format, &self.hub.0.memory), bytes_max, skips) {
+        match place.reader.feed.take(place.position, (self.format, memory), bytes_max, skips) {
             Take::Slice(slice) => {
                 self.places[number].position = slice.reached;
                 // Before it has once been at the end, what it takes was stored before it came.
-                let stored = slice.stored.filter(|_| matches!(self.standing, Standing::Live));
-                return Some(Slice { stored, ..slice });
+                return Some((slice, matches!(self.standing, Standing::Live)));
             }
             Take::Nothing => self.standing = Standing::Live,
             Take::Behind => {
@@ -493,47 +448,21 @@ impl Cursor {
         None
     }
 
-    fn take_ahead(&mut self, number: usize) -> Slice {
-        let bytes_max = self.hub.0.settings.write_bytes;
-        let (mut blocks, mut bytes) = (vec![], 0);
-        while let Some(encoded) = self.places[number].ahead.front() {
-            let sequence = encoded.event.sequence;
-            let is_too_early = self.is_too_early(encoded.event.time);
-            if !encoded.has_expired() && !is_too_early && !self.skips(number, &encoded.event.subject, sequence) {
-                let encoder = Encoder { epoch: self.epoch, format: self.format, memory: &self.hub.0.memory };
-                let block = encoded.block(encoder);
-                if !blocks.is_empty() && bytes + block.len() > bytes_max {
-                    break;
-                }
-                bytes += block.len();
-                blocks.push(log::Found { sequence, block, stored: Some(encoded.event.time) });
-            }
-            let place = &mut self.places[number];
-            place.ahead.advance();
-            place.position = sequence;
-        }
-        let place = &mut self.places[number];
-        if place.ahead.is_empty() {
-            place.position = place.position.max(place.ahead_proven);
-        }
-        Slice { blocks, reached: place.position, stored: None }
-    }
-
     /// Whether a reader that asked for events from a time in the future does not want one that was stored then.
     fn is_too_early(&self, stored: Timestamp) -> bool {
         self.not_before.is_some_and(|time| stored < time)
     }
 
     /// Whether an event at one place has been handed over at another.
-    fn skips(&self, number: usize, subject: &Subject, sequence: u64) -> bool {
-        let others = self.places.iter().enumerate().filter(|(other, _)| *other != number);
-        others.into_iter().any(|(_, other)| other.position >= sequence && other.reader.feed.filter.matches(subject))
+    fn skips(&self, number: usize, event: &Event) -> bool {
+        let mut others = self.places.iter().enumerate().filter(|(other, _)| *other != number);
+        others.any(|(_, other)| other.position >= event.sequence && other.reader.feed.filter.matches(&event.subject))
     }
 
     /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
-    fn frames(&self, number: usize, blocks: Vec<log::Found>) -> Vec<Frame> {
+    fn frames(&self, number: usize, blocks: Vec<Found>) -> Vec<Frame> {
         if self.places.len() == 1 {
-            let frame = |found: log::Found| {
+            let frame = |found: Found| {
                 let is_event = found.stored.is_some();
                 Frame { is_event, ..Frame::new(found.sequence, found.block) }
             };
@@ -545,7 +474,7 @@ impl Cursor {
         let first = blocks.first().map_or(0, |found| found.sequence);
         let furthest = others().map(|place| place.position).max().unwrap_or(0);
         let base = others().map(Place::settled).min().unwrap_or(0).min(first);
-        let frame = |log::Found { sequence, block, stored }| {
+        let frame = |Found { sequence, block, stored }| {
             let this = (self.places[number].tag, sequence);
             let others = others().map(|place| (place.tag, place.position));
             // What is newer than anything that the client has seen tells of all of it.

@@ -3,8 +3,6 @@
 
 use std::sync::OnceLock;
 
-use jiff::Timestamp;
-
 use crate::{
     event::{Epoch, Event},
     memory::{Memory, Part},
@@ -32,18 +30,18 @@ impl EncodedEvent {
         EncodedEvent { event, raw: OnceLock::new(), json: OnceLock::new(), ndjson: OnceLock::new() }
     }
 
-    pub fn block(&self, encoder: Encoder<'_>) -> Block {
+    /// What it takes as it came, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of::<EncodedEvent>() + self.event.payload.len()
+    }
+
+    pub fn encoded(&self, encoder: Encoder<'_>) -> Block {
         let encode = || encoder.encode(&self.event);
         match encoder.format {
             Format::Raw => self.raw.get_or_init(encode).clone(),
             Format::Json => self.json.get_or_init(encode).clone(),
             Format::Ndjson => Block::clone(self.ndjson.get_or_init(|| Box::new(encode()))),
         }
-    }
-
-    /// Whether its sender wants it gone by now. The stream has dropped it; the node has only not forgotten it yet.
-    pub fn has_expired(&self) -> bool {
-        self.event.expires.is_some_and(|at| at <= Timestamp::now())
     }
 }
 

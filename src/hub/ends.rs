@@ -6,6 +6,7 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
+use super::slice::Slice;
 use crate::position::Position;
 
 /// What a client wishes.
@@ -98,6 +99,32 @@ impl Remaining {
             Bound::Time(time) => stored.is_some_and(|stored| stored > time),
             Bound::Open | Bound::Resolving(_) => false,
         }
+    }
+
+    /// Takes away what comes after the end from what was taken after `position`. Returns whether there was such.
+    pub fn cut(&mut self, slice: &mut Slice, position: u64) -> bool {
+        let mut kept = 0;
+        for found in &slice.blocks {
+            if self.is_beyond(found.sequence, found.stored) || self.events == Some(0) {
+                break;
+            }
+            if found.stored.is_some() {
+                self.has_delivered = true;
+                self.events = self.events.map(|events| events - 1);
+            }
+            kept += 1;
+        }
+        let Some(beyond) = slice.blocks.get(kept).map(|found| found.sequence) else { return false };
+        if let Bound::Time(_) = self.bound {
+            // Times grow with sequences.
+            self.bound = Bound::Sequence(beyond - 1);
+        }
+        slice.reached = match self.events {
+            Some(0) => slice.blocks[..kept].last().map_or(position.min(beyond - 1), |last| last.sequence),
+            _ => beyond - 1,
+        };
+        slice.blocks.truncate(kept);
+        true
     }
 
     /// When there is something to do, whatever happens until then.

@@ -38,17 +38,18 @@ use tokio::sync::OnceCell;
 use super::{
     Hub, Proof,
     encoded::Encoder,
-    log::{Content, Log, Resync, Slice},
+    log::{Content, Log, Resync},
     reader_map::Readers,
+    slice::Slice,
 };
 use crate::{
     backoff::Backoff,
     broker::{Bounds, BrokerError, Hint, Hints, LastKnown, Page, Read, ReadFrom},
-    event::{Epoch, EventId},
+    event::{Epoch, Event, EventId},
     memory::{Held, Memory, Part, SMALL_BYTES},
     position::Position,
     shutdown::Ending,
-    subject::{Filter, Subject},
+    subject::Filter,
     wire::{Format, GapReason},
 };
 
@@ -321,7 +322,7 @@ impl Feed {
         position: u64,
         (format, memory): (Format, &Memory),
         bytes_max: usize,
-        skips: impl Fn(&Subject, u64, Timestamp) -> bool,
+        skips: impl Fn(&Event) -> bool,
     ) -> Take {
         let state = self.state();
         if state.closed {

@@ -9,13 +9,13 @@ use jiff::Timestamp;
 use super::{
     Proof,
     encoded::{EncodedEvent, Encoder},
+    slice::{Item, Slice},
 };
 use crate::{
     broker::Hint,
     config,
     event::{Epoch, Event},
     memory::{Held, Memory, Part, SMALL_BYTES},
-    subject::Subject,
     wire::{Block, Gap},
 };
 
@@ -44,23 +44,6 @@ struct Entry {
 pub(super) enum Content {
     Event(EncodedEvent),
     Gap(Gap),
-}
-
-/// What follows a position.
-pub(super) struct Slice {
-    pub blocks: Vec<Found>,
-    /// Everything up to here has been looked at.
-    pub reached: u64,
-    /// When the last of them was stored.
-    pub stored: Option<Timestamp>,
-}
-
-/// A block at a sequence.
-pub(super) struct Found {
-    pub sequence: u64,
-    pub block: Block,
-    /// When its event was stored, if it is of one.
-    pub stored: Option<Timestamp>,
 }
 
 /// Why, and how far, to read again.
@@ -196,37 +179,15 @@ impl Log {
     }
 
     /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
-    pub fn read(
-        &self,
-        position: u64,
-        encoder: Encoder<'_>,
-        bytes_max: usize,
-        skips: impl Fn(&Subject, u64, Timestamp) -> bool,
-    ) -> Slice {
-        let next = self.after(position);
-        let (mut blocks, mut bytes, mut reached, mut stored) = (vec![], 0, position, None);
-        for entry in self.entries.range(next..) {
-            let is_skipped = entry.event().is_some_and(|event| skips(&event.subject, event.sequence, event.time));
-            if entry.has_expired() || is_skipped {
-                reached = entry.sequence;
-                continue;
-            }
-            let block = entry.block(encoder);
-            if !blocks.is_empty() && bytes + block.len() > bytes_max {
-                break;
-            }
-            bytes += block.len();
-            reached = entry.sequence;
-            stored = entry.stored().or(stored);
-            blocks.push(Found { sequence: entry.sequence, block, stored: entry.stored() });
-        }
-        Slice { blocks, reached, stored }
+    pub fn read(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Slice {
+        let entries = self.entries.range(self.after(position)..).map(|entry| &**entry);
+        Slice::of(entries, position, encoder, bytes_max, skips)
     }
 
     /// When the event with this sequence was stored, if it is remembered.
     pub fn time_of(&self, sequence: u64) -> Option<Timestamp> {
         let entry = self.entries.get(self.after(sequence).checked_sub(1)?)?;
-        entry.stored().filter(|_| entry.sequence == sequence)
+        entry.event().map(|event| event.time).filter(|_| entry.sequence == sequence)
     }
 
     /// The index of the first entry after `position`.
@@ -239,16 +200,9 @@ impl Log {
     }
 }
 
-impl Entry {
-    fn has_expired(&self) -> bool {
-        match &self.content {
-            Content::Event(encoded) => encoded.has_expired(),
-            Content::Gap(_) => false,
-        }
-    }
-
-    fn stored(&self) -> Option<Timestamp> {
-        self.event().map(|event| event.time)
+impl Item for Entry {
+    fn sequence(&self) -> u64 {
+        self.sequence
     }
 
     fn event(&self) -> Option<&Event> {
@@ -261,7 +215,7 @@ impl Entry {
     fn block(&self, encoder: Encoder<'_>) -> Block {
         match &self.content {
             Content::Gap(gap) => gap.block(encoder.format),
-            Content::Event(encoded) => encoded.block(encoder),
+            Content::Event(encoded) => encoded.encoded(encoder),
         }
     }
 }

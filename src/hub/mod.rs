@@ -19,6 +19,7 @@ mod place;
 mod progress;
 mod reader_map;
 mod resume;
+mod slice;
 #[cfg(test)]
 mod tests;
 mod witnesses;

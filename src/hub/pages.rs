@@ -109,8 +109,8 @@ impl Pages {
 impl SharedPage {
     /// A page with what counts its bytes, read when something had been removed from the stream so often.
     pub fn new(page: Page, read_at: u64, mut held: Held) -> SharedPage {
-        held.resize(page.events.iter().map(|event| size_of::<EncodedEvent>() + event.payload.len()).sum());
-        let events = page.events.into_iter().map(EncodedEvent::new).collect();
+        let events: Vec<_> = page.events.into_iter().map(EncodedEvent::new).collect();
+        held.resize(events.iter().map(EncodedEvent::bytes).sum());
         SharedPage { epoch: page.epoch, first: page.first, proven: page.proven, events, read_at, _held: held }
     }
 }
@@ -132,15 +132,14 @@ impl Ahead {
         self.page.as_ref().is_some_and(|page| page.read_at < removals || is_gone(page))
     }
 
-    pub fn front(&self) -> Option<&EncodedEvent> {
-        self.page.as_ref().map(|page| &page.events[self.next])
+    pub fn events(&self) -> &[EncodedEvent] {
+        self.page.as_ref().map_or(&[], |page| &page.events[self.next..])
     }
 
-    /// Goes on to the next; the page is let go of behind the last one.
-    pub fn advance(&mut self) {
-        self.next += 1;
-        if self.page.as_ref().is_some_and(|page| self.next == page.events.len()) {
-            self.page = None;
+    /// Goes on to what follows `position`; the page is let go of behind its last event.
+    pub fn advance(&mut self, position: u64) {
+        if let Some(page) = self.page.take() {
+            *self = Ahead::after(page, position);
         }
     }
 }

@@ -2,14 +2,8 @@
 
 use std::collections::VecDeque;
 
-use super::{feed::Reader, pages::Ahead};
-use crate::{
-    broker::SnapshotPage,
-    event::{Epoch, Event},
-    memory::Held,
-    position::Tag,
-    wire::GapReason,
-};
+use super::{encoded::EncodedEvent, feed::Reader, pages::Ahead};
+use crate::{broker::SnapshotPage, event::Epoch, memory::Held, position::Tag, wire::GapReason};
 
 /// A place in one feed.
 pub(super) struct Place {
@@ -28,7 +22,7 @@ pub(super) struct Snapshot {
     pub as_of: u64,
     /// Everything up to here has been handed over.
     pub position: u64,
-    pub ahead: VecDeque<Event>,
+    pub ahead: VecDeque<EncodedEvent>,
     pub ahead_reached: u64,
     pub held: Held,
 }
@@ -71,8 +65,9 @@ impl Snapshot {
 
     /// Takes over a page, but for what has been handed over.
     pub fn take_over(&mut self, page: SnapshotPage) {
-        self.ahead = page.events.into_iter().filter(|event| event.sequence > self.position).collect();
+        let events = page.events.into_iter().filter(|event| event.sequence > self.position);
+        self.ahead = events.map(EncodedEvent::new).collect();
         self.ahead_reached = page.reached;
-        self.held.resize(self.ahead.iter().map(|event| size_of::<Event>() + event.payload.len()).sum());
+        self.held.resize(self.ahead.iter().map(EncodedEvent::bytes).sum());
     }
 }

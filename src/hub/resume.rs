@@ -210,7 +210,7 @@ fn begin_with(reader: Reader, page: Page, read_at: u64, held: Held) -> Place {
     // What expired while the page was read may leave holes below the oldest kept: begin there.
     let (first, proven) = (page.first, page.proven);
     let ahead = Ahead::after(Arc::new(SharedPage::new(page, read_at, held)), first.saturating_sub(1));
-    let position = match ahead.front() {
+    let position = match ahead.events().first() {
         Some(encoded) => encoded.event.sequence - 1,
         None => proven.max(first - 1),
     };

@@ -189,11 +189,16 @@ fn filters(texts: &[&str]) -> Vec<Filter> {
     texts.iter().map(|text| Filter::parse(text).unwrap()).collect()
 }
 
+/// The next frames. May be dropped and called again: nothing is lost or repeated.
+pub(super) async fn frames_of(cursor: &mut Cursor) -> Vec<Frame> {
+    std::future::poll_fn(|cx| cursor.poll_next(cx)).await
+}
+
 /// The sequences of the next `count` frames, or of those that came before nothing more did.
 async fn take(cursor: &mut Cursor, count: usize) -> Vec<u64> {
     let mut sequences = vec![];
     while sequences.len() < count {
-        let Ok(frames) = timeout(BOUND, cursor.next()).await else { break };
+        let Ok(frames) = timeout(BOUND, frames_of(cursor)).await else { break };
         sequences.extend(frames.iter().map(|frame| frame.sequence));
     }
     sequences
@@ -235,7 +240,7 @@ async fn scenario(seed: u64, trusts_hints: bool) -> Vec<(&'static str, Vec<u64>,
         // One reader takes while the others fall behind their feeds' logs.
         let (_, reader) = &mut cursors[dice.random_range(0..FILTERS.len())];
         if dice.random_ratio(1, 20) {
-            let _ = timeout(Duration::from_millis(1), reader.next()).await.map(|frames| {
+            let _ = timeout(Duration::from_millis(1), frames_of(reader)).await.map(|frames| {
                 let first = frames[0].sequence;
                 reader.give_back_after(first - 1, 0);
             });
@@ -357,7 +362,7 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
             }
             let enough = if round == 39 { owed.len() } else { dice.random_range(0..=owed.len()) };
             while got.len() < enough {
-                let Ok(frames) = timeout(BOUND, cursor.next()).await else { break };
+                let Ok(frames) = timeout(BOUND, frames_of(&mut cursor)).await else { break };
                 // Some of what is handed over does not arrive.
                 let arrived = dice.random_range(1..=frames.len());
                 for frame in &frames[..arrived] {
@@ -405,7 +410,7 @@ async fn a_snapshot_that_dies_halfway_goes_on_from_there() {
     assert_eq!(got, [&state[..], &[501]].concat());
 
     let (_, mut cursor) = subscribe(&hub, "s.*", from(StartAt::Snapshot)).await;
-    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let back = Start { last_event_id: Some(id_of(&frames[0]).to_string()), at: StartAt::Snapshot };
     let (opening, mut cursor) = subscribe(&hub, "s.*", back).await;
     assert!(matches!(opening, Opening::Position(_)));
@@ -433,7 +438,7 @@ async fn a_filter_that_is_new_to_an_id_begins_at_its_lowest() {
         hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), Format::Raw, Ends::default()).await.unwrap();
     broker.publish("new").await;
     broker.publish("a").await;
-    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let id = id_of(&frames[0]).to_string();
     let back = Start { last_event_id: Some(id), at: StartAt::Now };
     let (_, mut cursor) = hub.subscribe(&filters(&["a", "new"]), back, Format::Raw, Ends::default()).await.unwrap();
@@ -451,7 +456,7 @@ async fn the_position_of_a_quiet_stream_moves_on_with_the_audit() {
     for _ in 0..10 {
         broker.publish("loud").await;
     }
-    assert!(timeout(Duration::from_secs(40), quiet.next()).await.is_err());
+    assert!(timeout(Duration::from_secs(40), frames_of(&mut quiet)).await.is_err());
     assert!(quiet.quiet_position().is_some_and(|id| id.to_string().ends_with("-10")));
     assert!(quiet.quiet_position().is_none());
 }
@@ -472,7 +477,7 @@ async fn a_place_that_moved_past_skipped_events_is_told() {
 
     let (_, mut cursor) = hub.subscribe(&wanted, start, Format::Raw, Ends::default()).await.unwrap();
 
-    assert!(timeout(BOUND, cursor.next()).await.is_err(), "everything was handed over before");
+    assert!(timeout(BOUND, frames_of(&mut cursor)).await.is_err(), "everything was handed over before");
     let told = cursor.quiet_position().expect("its place has moved");
     assert_eq!(tags.map(|tag| told.of(tag)), [3, 3]);
     assert!(cursor.quiet_position().is_none());
@@ -488,7 +493,7 @@ async fn a_stream_made_again_is_told_as_a_gap_to_open_streams_and_to_returning_o
 
     broker.recreate();
     let new = broker.publish("a.0").await;
-    let frames = timeout(BOUND, open.next()).await.unwrap();
+    let frames = timeout(BOUND, frames_of(&mut open)).await.unwrap();
     let gap = String::from_utf8(frames[0].block.text().to_vec()).unwrap();
     let told = format!("\"requested\":\"{old}\",\"resumed\":\"{}-0\",\"reason\":\"recreated\"", new.epoch);
     assert!(gap.contains(&told), "{gap}");
@@ -527,7 +532,7 @@ async fn while_nobody_can_say_what_follows_it_is_asked_for_now_and_then() {
 
     broker.vague_reads.store(1000, Ordering::Relaxed);
     let (_, mut behind) = subscribe(&hub, "a", after(first)).await;
-    assert!(timeout(BOUND, behind.next()).await.is_err());
+    assert!(timeout(BOUND, frames_of(&mut behind)).await.is_err());
     broker.vague_reads.store(0, Ordering::Relaxed);
     assert_eq!(take(&mut behind, 9).await, (2..=10).collect::<Vec<_>>());
 }
@@ -542,7 +547,7 @@ async fn expired_history_is_told_with_what_was_asked_for_and_where_it_goes_on() 
         broker.publish("a").await;
     }
     let (_, mut cursor) = subscribe(&hub, "a", after(id)).await;
-    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let gap = String::from_utf8(frames[0].block.text().to_vec()).unwrap();
     let told = format!("\"requested\":\"{id}\",\"resumed\":\"{}-20\",\"reason\":\"expired\"", id.epoch);
     assert!(gap.contains(&told), "{gap}");
@@ -563,7 +568,7 @@ async fn what_is_gone_before_anyone_heard_of_it_is_told_as_a_gap() {
         broker.publish("b").await;
     }
     // What the audit is told of `a` is that there is nothing.
-    let frames = timeout(BOUND, cursor.next()).await.unwrap();
+    let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let gap = String::from_utf8(frames[0].block.text().to_vec()).unwrap();
     assert!(gap.contains("\"reason\":\"expired\""), "{gap}");
 }
@@ -616,7 +621,7 @@ async fn who_stalls_while_a_page_is_read_holds_up_nobody_who_wants_it_too() {
     let (_, mut other) = subscribe(&hub, "a", after(first)).await;
 
     // Its page is under way, and what was there before does not get through to its client.
-    assert!(stalled.next().now_or_never().is_none());
+    assert!(frames_of(&mut stalled).now_or_never().is_none());
     stalled.give_back_after(first.sequence, 0);
 
     assert_eq!(take(&mut other, 1).await, [2]);
@@ -679,7 +684,7 @@ async fn feeds_that_come_and_go_on_many_threads_lose_nothing_and_leave_nothing()
                 let Published { id, .. } = broker.publish(publication("a")).await.unwrap().await.unwrap();
                 let mut reached = 0;
                 while reached < id.sequence {
-                    let frames = timeout(BOUND, cursor.next()).await.expect("it was stored");
+                    let frames = timeout(BOUND, frames_of(&mut cursor)).await.expect("it was stored");
                     reached = frames.last().map_or(0, |frame| frame.sequence);
                 }
                 if round % 16 == 0 {

@@ -8,7 +8,7 @@ use proptest::sample::Index;
 use super::stream::{Stored, Stream, Streams};
 use crate::{
     event::{Epoch, Event, EventId},
-    hub::{Cursor, Ends, Hub, Opening, Start, StartAt},
+    hub::{Cursor, Ends, Hub, Opening, Start, StartAt, tests::frames_of},
     position::{Position, Tag},
     subject::Filter,
     wire::{Format, Framing},
@@ -160,7 +160,7 @@ impl Client {
     pub async fn take(&mut self, streams: &Streams, arrive: usize) {
         let Some(cursor) = &mut self.cursor else { return };
         for _turn in 0..20 {
-            if let Some(frames) = cursor.next().now_or_never() {
+            if let Some(frames) = frames_of(cursor).now_or_never() {
                 let Some(last) = arrive.min(frames.len()).checked_sub(1) else {
                     return self.leave();
                 };
@@ -178,7 +178,7 @@ impl Client {
     pub async fn take_all(&mut self, streams: &Streams) {
         loop {
             let Some(cursor) = &mut self.cursor else { return };
-            let Ok(frames) = tokio::time::timeout(super::SETTLES, cursor.next()).await else { return };
+            let Ok(frames) = tokio::time::timeout(super::SETTLES, frames_of(cursor)).await else { return };
             for frame in frames {
                 self.receive(streams, &frame.pieces(Framing::Close).concat());
             }

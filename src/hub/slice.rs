@@ -1,0 +1,73 @@
+//! The next frames of a reader, whatever they come from: a feed's log, a page of history, a page of a snapshot.
+
+use jiff::Timestamp;
+
+use super::encoded::{EncodedEvent, Encoder};
+use crate::{event::Event, wire::Block};
+
+/// What follows a position.
+pub(super) struct Slice {
+    pub blocks: Vec<Found>,
+    /// Everything up to here has been looked at.
+    pub reached: u64,
+}
+
+/// A block at a sequence.
+pub(super) struct Found {
+    pub sequence: u64,
+    pub block: Block,
+    /// When its event was stored, if it is of one.
+    pub stored: Option<Timestamp>,
+}
+
+/// Something that may be next for a reader: an event, or word of a gap.
+pub(super) trait Item {
+    fn sequence(&self) -> u64;
+    fn event(&self) -> Option<&Event>;
+    fn block(&self, encoder: Encoder<'_>) -> Block;
+}
+
+impl Item for EncodedEvent {
+    fn sequence(&self) -> u64 {
+        self.event.sequence
+    }
+
+    fn event(&self) -> Option<&Event> {
+        Some(&self.event)
+    }
+
+    fn block(&self, encoder: Encoder<'_>) -> Block {
+        self.encoded(encoder)
+    }
+}
+
+impl Slice {
+    /// What comes after `position`, in order, but for what has expired or the reader `skips`: at most `bytes_max` of it, but
+    /// at least one block.
+    pub fn of<'i, I: Item + 'i>(
+        items: impl IntoIterator<Item = &'i I>,
+        position: u64,
+        encoder: Encoder<'_>,
+        bytes_max: usize,
+        skips: impl Fn(&Event) -> bool,
+    ) -> Slice {
+        let (mut blocks, mut bytes, mut reached) = (vec![], 0, position);
+        for item in items {
+            if !item.event().is_some_and(|event| event.has_expired() || skips(event)) {
+                let block = item.block(encoder);
+                if !blocks.is_empty() && bytes + block.len() > bytes_max {
+                    break;
+                }
+                bytes += block.len();
+                blocks.push(Found { sequence: item.sequence(), block, stored: item.event().map(|event| event.time) });
+            }
+            reached = item.sequence();
+        }
+        Slice { blocks, reached }
+    }
+
+    /// When the newest of its events was stored.
+    pub fn newest(&self) -> Option<Timestamp> {
+        self.blocks.iter().rev().find_map(|found| found.stored)
+    }
+}
