@@ -148,10 +148,10 @@ impl Publisher {
                 return Err(PublishError::Unavailable);
             }
             match verdict(&message.payload) {
-                Verdict::Stored { sequence, duplicate: true } if let Some(keyed) = keyed => {
-                    Box::pin(keyed.duplicate_of(sequence)).await
-                }
                 Verdict::Stored { sequence, duplicate } => {
+                    if let (true, Some(keyed)) = (duplicate, keyed) {
+                        return Box::pin(keyed.duplicate_of(sequence)).await;
+                    }
                     // Stored, but in which incarnation? A retry with the same key gets the right id.
                     let epoch = match duplicate {
                         true => leader.epoch_of_reply(sending).await,
