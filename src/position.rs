@@ -93,6 +93,16 @@ impl Position {
         self.ahead.is_empty().then_some(EventId { epoch: self.epoch, sequence: self.base })
     }
 
+    /// Whether it tells filters apart.
+    pub fn names_filters(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Whether it names this filter: it stands above the lowest.
+    pub fn names(&self, tag: Tag) -> bool {
+        self.ahead.binary_search_by_key(&tag, |(tag, _)| *tag).is_ok()
+    }
+
     /// Where the filter with this tag stands. One that the position does not know begins at the lowest.
     pub fn of(&self, tag: Tag) -> u64 {
         match self.ahead.binary_search_by_key(&tag, |(tag, _)| *tag) {

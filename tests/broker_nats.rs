@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tidegate::{
     broker::{Broker, Condition, Health, Hint, Publication, Publish, PublishError, Read, ReadFrom, nats::Nats},
     config::{self, History},
-    hub::{self, Ends, Hub, Start, StartAt},
+    hub::{self, Ends, Hub, NewFilters, Start, StartAt},
     memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
@@ -514,7 +514,7 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
         Hub::start(broker.clone(), settings, Memory::new(0), Arc::new(Metrics::new()), Tasks::new(Handle::current()));
     let mut cursors = vec![];
     for wanted in ["a", "*", ">"] {
-        let start = Start { last_event_id: None, at: StartAt::Now };
+        let start = Start { last_event_id: None, at: StartAt::Now, new: NewFilters::Lowest };
         cursors.push(hub.subscribe(&[filter(wanted)], start, Format::Raw, Ends::default()).await.unwrap().1);
     }
     let whole = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();

@@ -27,6 +27,7 @@ on_every_broker!(
     a_beginning_in_the_future_is_waited_for,
     a_beginning_beyond_what_is_kept_is_told,
     the_last_event_id_wins_over_from,
+    an_open_page_joins_another_document,
     an_unknown_id_is_told_and_the_stream_begins_as_without_it,
     quiet_streams_get_a_bare_comment,
     a_quiet_stream_is_told_that_its_position_moved,
@@ -284,6 +285,36 @@ fn streams_begin_where_they_are_asked_to(broker: Backend) {
     for stream in [&mut now, &mut nowhere, &mut after_the_last] {
         assert_eq!(stream.next().data, "4");
     }
+}
+
+fn an_open_page_joins_another_document(broker: Backend) {
+    let gateway = broker.gateway().start();
+    gateway.publish("doc.a.title", "a1");
+    let lines: String = (0..2000).map(|n| format!("{{\"subject\":\"doc.b.{n}\",\"data\":\"b{n}\"}}\n")).collect();
+    assert_eq!(gateway.ask(Request::batch().body(lines)).status, 200);
+    let mut first = gateway.stream("/events?subject=doc.a.*&from=snapshot&new=snapshot");
+    let Event { id, data, .. } = first.next();
+    assert_eq!(data, "a1");
+    gateway.publish("doc.a.title", "a2");
+
+    let both = |id: &str| {
+        gateway.stream(format!("/events?subject=doc.a.*&subject=doc.b.*&from=snapshot&new=snapshot&lastEventId={id}"))
+    };
+    let mut stream = both(&id);
+    assert_eq!(stream.next().data, "a2", "what is known goes on first");
+    let state = stream.data(2000);
+    assert_eq!((&*state[0], &*state[1999]), ("b0", "b1999"));
+    // In the middle of a snapshot, an id names its place in it.
+    let halfway = both(&id).take(1001).pop().unwrap();
+    assert_eq!(both(&halfway.id).data(1000)[0], "b1000");
+    gateway.publish("doc.b.7", "b7 again");
+    gateway.publish("doc.a.title", "a3");
+    let mut rest = stream.data(2);
+    rest.sort();
+    assert_eq!(rest, ["a3", "b7 again"]);
+
+    let refused = gateway.ask("/events?subject=a&new=all");
+    assert_eq!((refused.status, refused.json()["code"].as_str()), (400, Some("invalid_parameter")));
 }
 
 fn a_beginning_beyond_what_is_kept_is_told(broker: Backend) {

@@ -125,6 +125,12 @@ fn stream_parameters() -> Vec<Value> {
             text(),
             false,
         ),
+        query(
+            "new",
+            "Where filters begin that the id does not know. With `now` or `snapshot`, ids name all filters of a connection.",
+            json!({ "enum": ["lowest", "now", "snapshot"] }),
+            false,
+        ),
         query("format", "How events are written.", json!({ "enum": ["raw", "json", "ndjson"] }), false),
         query("lastEventId", "As the header `Last-Event-ID`, for clients that can't set headers.", text(), false),
         query("limit", "End after this many events.", json!({ "type": "integer", "minimum": 1 }), false),

@@ -30,14 +30,14 @@ use crate::{
     auth::Principal,
     broker::{BrokerError, Health},
     config::parse_duration,
-    hub::{Ends, Opening, Start, StartAt, Until},
+    hub::{Ends, NewFilters, Opening, Start, StartAt, Until},
     subject::{Filter, SubjectError},
     wire::{Format, Framing},
 };
 
 /// The parameters beside the filter in the path.
 pub(super) const OF_ONE: Parameters = Parameters {
-    known: &["from", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    known: &["from", "new", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
         ID,
@@ -48,7 +48,7 @@ pub(super) const OF_ONE: Parameters = Parameters {
     ],
 };
 pub(super) const OF_SEVERAL: Parameters = Parameters {
-    known: &["subject", "from", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    known: &["subject", "from", "new", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "did you mean \"subject\"?"),
         ID,
@@ -128,6 +128,17 @@ impl SubscribeRequest {
             Some(text) => parse_start(text)?,
             None => StartAt::Now,
         };
+        let new = match query.one("new")? {
+            None | Some("lowest") => NewFilters::Lowest,
+            Some("now") => NewFilters::Now,
+            Some("snapshot") => NewFilters::Snapshot,
+            Some(other) => {
+                let detail = format!(
+                    "new is where filters begin that the id does not know: \"lowest\" (the default), \"now\" or \"snapshot\", not {other:?}"
+                );
+                return Err(ApiError::new(Code::InvalidParameter, detail));
+            }
+        };
         let format = match query.one("format")? {
             None if accepts_ndjson_alone(request) => Format::Ndjson,
             None | Some("raw") => Format::Raw,
@@ -141,7 +152,7 @@ impl SubscribeRequest {
         // At most once.
         query.one("lastEventId")?;
         let ends = parse_ends(query)?;
-        Ok(SubscribeRequest { filters, start: Start { last_event_id: presented_id(request), at }, format, ends })
+        Ok(SubscribeRequest { filters, start: Start { last_event_id: presented_id(request), at, new }, format, ends })
     }
 }
 

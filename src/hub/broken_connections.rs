@@ -6,7 +6,7 @@ use std::{process::Command, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{Ends, Hub, Proof, Settings, Start, StartAt, tests::frames_of};
+use super::{Ends, Hub, NewFilters, Proof, Settings, Start, StartAt, tests::frames_of};
 use crate::{
     broker::{
         Broker, Health, Publication, Publish,
@@ -60,7 +60,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
             for (filter, at) in
                 [(&*subject, StartAt::First), (">", StartAt::Time(began)), ("*.*", StartAt::Time(began))]
             {
-                let start = Start { last_event_id: None, at };
+                let start = Start { last_event_id: None, at, new: NewFilters::Lowest };
                 let mut cursor = hub
                     .subscribe(&[Filter::parse(filter).unwrap()], start, Format::Raw, Ends::default())
                     .await
@@ -89,7 +89,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
             until(|| is_told() || status.made() > made).await;
             until(|| status.made() > made && broker.health() == Health::Ready).await;
             // New feeds, and history, at once.
-            let start = Start { last_event_id: None, at: StartAt::First };
+            let start = Start { last_event_id: None, at: StartAt::First, new: NewFilters::Lowest };
             let filter = Filter::parse(&format!("{connection}.*")).unwrap();
             hub.subscribe(&[filter], start, Format::Raw, Ends::default()).await.unwrap();
             publishing.abort();

@@ -28,13 +28,13 @@ use super::{
     pages::{Ahead, SharedPage},
     place::{Place, Snapshot, StartPoint},
     progress::Progress,
-    resume::{self, Origin, StartAt},
+    resume::{self, NewFilters, Origin, StartAt},
     slice::{Found, Slice},
 };
 use crate::{
     backoff::Backoff,
     broker::{SnapshotPage, SnapshotRead},
-    event::{Epoch, Event, EventId},
+    event::{Epoch, Event},
     memory::Held,
     metrics::Counted,
     position::{Position, Witness},
@@ -49,7 +49,9 @@ pub struct Cursor {
     not_before: Option<Timestamp>,
     /// Most clients have one.
     places: SmallVec<[Place; 1]>,
-    /// What is handed over before anything else.
+    /// How filters that it has not had before are told from those that it has.
+    new: NewFilters,
+    /// What is handed over before anything else of its places.
     snapshot: Option<Box<Snapshot>>,
     /// The place that the last frames came from.
     turn: usize,
@@ -113,7 +115,7 @@ impl Drop for Cursor {
 impl Cursor {
     pub(super) fn new(
         hub: Hub,
-        format: Format,
+        (format, new): (Format, NewFilters),
         not_before: Option<Timestamp>,
         found: StartPoint,
         remaining: Option<Remaining>,
@@ -125,6 +127,7 @@ impl Cursor {
             format,
             not_before,
             places: places.into_iter().collect(),
+            new,
             snapshot: snapshot.map(Box::new),
             turn: 0,
             standing: Standing::New,
@@ -180,7 +183,7 @@ impl Cursor {
         if let Some(Remaining { events: Some(left), .. }) = self.remaining.as_deref_mut() {
             *left += events;
         }
-        if let Some(snapshot) = &mut self.snapshot {
+        if let Some(snapshot) = self.snapshot.as_mut().filter(|snapshot| !snapshot.waits) {
             (snapshot.position, snapshot.ahead_reached) = (sequence, sequence);
             snapshot.ahead.clear();
             snapshot.held.resize(0);
@@ -299,8 +302,9 @@ impl Cursor {
     /// got nothing of its snapshot yet has none.
     pub fn settled_position(&mut self) -> Option<Position> {
         self.quiet_position().or_else(|| {
-            let is_before_snapshot = self.snapshot.as_ref().is_some_and(|snapshot| snapshot.position == 0);
-            (!is_before_snapshot).then(|| self.position())
+            let is_whole = |snapshot: &Snapshot| snapshot.places.len() == self.places.len();
+            let is_before = |snapshot: &Snapshot| snapshot.position == 0 && is_whole(snapshot);
+            (!self.snapshot.as_deref().is_some_and(is_before)).then(|| self.position())
         })
     }
 
@@ -317,37 +321,49 @@ impl Cursor {
 
     /// Where each place stands, if what was handed over last counts only up to `sequence`.
     fn standpoints(&self, sequence: u64) -> impl Iterator<Item = u64> {
-        let snapshot = self.snapshot.as_ref().map(|snapshot| snapshot.position.min(sequence));
-        let place = move |(number, place): (usize, &Place)| {
-            let written = if number == self.turn { place.position.min(sequence) } else { place.position };
-            snapshot.unwrap_or(written)
-        };
-        self.places.iter().enumerate().map(place)
+        self.standpoint_of_each().enumerate().map(move |(number, position)| {
+            let is_of_last = match &self.snapshot {
+                Some(snapshot) if !snapshot.waits => snapshot.places.contains(&number),
+                Some(_) | None => number == self.turn,
+            };
+            if is_of_last { position.min(sequence) } else { position }
+        })
     }
 
-    /// Where the client stands. During a snapshot that is in the snapshot, not behind it.
+    /// Where each place stands. One that a snapshot is handed over for stands in the snapshot, not behind it.
+    fn standpoint_of_each(&self) -> impl Iterator<Item = u64> {
+        self.places.iter().enumerate().map(|(number, place)| match &self.snapshot {
+            Some(snapshot) if snapshot.places.contains(&number) => snapshot.position,
+            Some(_) | None => place.position,
+        })
+    }
+
+    /// Where the client stands.
     pub(super) fn position(&self) -> Position {
-        let position = match &self.snapshot {
-            Some(snapshot) => EventId { epoch: self.epoch, sequence: snapshot.position }.into(),
-            None => {
-                let base = self.places.iter().map(|place| place.position).min().expect("there is at least one place");
-                Position::new(self.epoch, base, self.places.iter().map(|place| (place.tag, place.position)))
-            }
-        };
+        let tags = self.places.iter().map(|place| place.tag);
+        let base = self.base(self.standpoint_of_each().min().expect("there is at least one place"));
+        let position = Position::new(self.epoch, base, tags.zip(self.standpoint_of_each()));
         position.with_witness(self.hub.0.broker.witness(self.epoch))
+    }
+
+    /// The base of ids, which name the filters that stand above it: all of them, if they are to be told from new ones.
+    fn base(&self, lowest: u64) -> u64 {
+        if self.new.are_told_apart() { lowest.saturating_sub(1) } else { lowest }
     }
 
     /// What is there to be taken, from the first place in turn that has something. Begins to fetch what a place needs.
     fn take(&mut self) -> Vec<Frame> {
-        if self.snapshot.is_some() {
+        if self.is_snapshot_next() {
             return self.take_snapshot();
         }
         let count = self.places.len();
         let first = self.turn + 1;
         for number in (first..first + count).map(|number| number % count) {
-            if self.remaining.as_ref().is_some_and(|remaining| {
+            let is_over = |remaining: &Remaining| {
                 remaining.events == Some(0) || remaining.last().is_some_and(|last| self.places[number].position >= last)
-            }) {
+            };
+            let waits = self.snapshot.as_ref().is_some_and(|snapshot| snapshot.places.contains(&number));
+            if waits || self.remaining.as_deref().is_some_and(is_over) {
                 continue;
             }
             while let Some((mut slice, is_live)) = self.take_at(number) {
@@ -360,7 +376,7 @@ impl Cursor {
                 if !slice.blocks.is_empty() {
                     self.turn = number;
                     let stored = slice.newest().filter(|_| is_live);
-                    let mut frames = self.frames(number, slice.blocks);
+                    let mut frames = self.frames(&[number], slice.blocks);
                     if let Some(newest) = frames.last_mut() {
                         newest.stored = stored;
                     }
@@ -371,6 +387,24 @@ impl Cursor {
         vec![]
     }
 
+    /// Whether there is a snapshot, and all other places have come to where it was taken.
+    fn is_snapshot_next(&mut self) -> bool {
+        let Some(snapshot) = &mut self.snapshot else { return false };
+        if snapshot.waits {
+            let as_of = snapshot.as_of;
+            let others = self.places.iter().enumerate().filter(|(number, _)| !snapshot.places.contains(number));
+            let is_behind = |place: &&Place| place.position < as_of && place.settled() < as_of;
+            let mut behind = others.map(|(_, place)| place).filter(is_behind).peekable();
+            if behind.peek().is_none() {
+                snapshot.waits = false;
+            } else if !std::mem::replace(&mut snapshot.has_asked, true) {
+                let unproven = behind.filter(|place| place.reader.feed.proven() < as_of);
+                unproven.for_each(|place| place.reader.feed.resync(&self.hub, "snapshot"));
+            }
+        }
+        !snapshot.waits
+    }
+
     /// What comes next of the snapshot. It is over once its last frames have been followed by another call: until then
     /// they may be given back.
     fn take_snapshot(&mut self) -> Vec<Frame> {
@@ -379,8 +413,10 @@ impl Cursor {
         if self.remaining.as_ref().is_some_and(|remaining| remaining.events == Some(0)) {
             return vec![];
         }
-        let mut slice =
-            Slice::of(&snapshot.ahead, snapshot.position, encoder, self.hub.0.settings.write_bytes, |_| false);
+        let others = || self.places.iter().enumerate().filter(|(number, _)| !snapshot.places.contains(number));
+        // Handed over before, as every event up to the snapshot was that another filter matches.
+        let skips = |event: &Event| others().any(|(_, other)| other.reader.feed.filter.matches(&event.subject));
+        let mut slice = Slice::of(&snapshot.ahead, snapshot.position, encoder, self.hub.0.settings.write_bytes, skips);
         let is_cut = self.remaining.as_mut().is_some_and(|remaining| remaining.cut(&mut slice, snapshot.position));
         snapshot.position = slice.reached;
         while snapshot.ahead.front().is_some_and(|encoded| encoded.event.sequence <= slice.reached) {
@@ -397,11 +433,14 @@ impl Cursor {
             if snapshot.position < snapshot.as_of {
                 self.fetching = Some(self.fetching.take().unwrap_or_else(|| self.read_snapshot()));
             } else {
+                snapshot.places.iter().for_each(|number| self.places[*number].position = snapshot.as_of);
                 self.snapshot = None;
                 return self.take();
             }
+            return vec![];
         }
-        slice.blocks.into_iter().map(|found| Frame::new(found.sequence, found.block)).collect()
+        let places = snapshot.places.clone();
+        self.frames(&places, slice.blocks)
     }
 
     /// What comes next at one place, perhaps all of it skipped, and whether it came live; `None` when there is nothing.
@@ -459,30 +498,37 @@ impl Cursor {
         others.any(|(_, other)| other.position >= event.sequence && other.reader.feed.filter.matches(&event.subject))
     }
 
-    /// Blocks as frames of this client: with several filters, under ids that tell where all of them stand.
-    fn frames(&self, number: usize, blocks: Vec<Found>) -> Vec<Frame> {
-        if self.places.len() == 1 {
+    /// Blocks of these places as frames of this client: where some places stand elsewhere, or filters are told apart, under ids
+    /// that tell where all of them stand.
+    fn frames(&self, numbers: &[usize], blocks: Vec<Found>) -> Vec<Frame> {
+        if numbers.len() == self.places.len() && !self.new.are_told_apart() {
             let frame = |found: Found| {
                 let is_event = found.stored.is_some();
                 Frame { is_event, ..Frame::new(found.sequence, found.block) }
             };
             return blocks.into_iter().map(frame).collect();
         }
-        // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
-        // base that is as high as it can be.
-        let others = || self.places.iter().enumerate().filter(|(other, _)| *other != number).map(|(_, place)| place);
+        let tags = || self.places.iter().map(|place| place.tag);
+        let is_of_these = |number: &usize| numbers.contains(number);
+        let others = || tags().zip(self.standpoint_of_each()).enumerate().filter(|(number, _)| !is_of_these(number));
         let first = blocks.first().map_or(0, |found| found.sequence);
-        let furthest = others().map(|place| place.position).max().unwrap_or(0);
-        let base = others().map(Place::settled).min().unwrap_or(0).min(first);
+        let furthest = others().map(|(_, (_, position))| position).max().unwrap_or(0);
+        let base = if self.new.are_told_apart() {
+            self.base(others().map(|(_, (_, position))| position).fold(first, u64::min))
+        } else {
+            // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
+            // base that is as high as it can be.
+            others().map(|(number, _)| self.places[number].settled()).fold(first, u64::min)
+        };
         let frame = |Found { sequence, block, stored }| {
-            let this = (self.places[number].tag, sequence);
-            let others = others().map(|place| (place.tag, place.position));
+            let these = tags().enumerate().filter(|(number, _)| is_of_these(number)).map(|(_, tag)| (tag, sequence));
+            let others = others().map(|(_, other)| other);
             // What is newer than anything that the client has seen tells of all of it.
             let witness = match stored {
                 Some(stored) if sequence >= furthest => Witness::new(sequence, stored),
                 Some(_) | None => self.hub.0.broker.witness(self.epoch),
             };
-            let position = Position::new(self.epoch, base, others.chain([this])).with_witness(witness);
+            let position = Position::new(self.epoch, base, others.chain(these)).with_witness(witness);
             let is_event = stored.is_some();
             Frame { own_id: Some(block.own_id(&position)), is_event, ..Frame::new(sequence, block) }
         };
@@ -492,7 +538,8 @@ impl Cursor {
     /// Takes over what was fetched. A gap goes alone, so that nothing after it is ever given back across it.
     fn arrive(&mut self, fetched: Fetched) -> Option<Frame> {
         match fetched {
-            Fetched::Moved(StartPoint { epoch, places, gap, snapshot: _ }) => {
+            Fetched::Moved(StartPoint { epoch, places, gap, snapshot }) => {
+                self.snapshot = snapshot.map(Box::new);
                 self.listen_no_more();
                 if let Some(remaining) = self.remaining.as_mut().filter(|_| self.epoch != epoch) {
                     // Its sequences were those of another stream.
@@ -567,8 +614,8 @@ impl Cursor {
 
     fn read_snapshot(&self) -> BoxFuture<'static, Fetched> {
         let hub = self.hub.clone();
-        let filters = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
         let snapshot = self.snapshot.as_ref().expect("a page is read only during a snapshot");
+        let filters = snapshot.places.iter().map(|number| self.places[*number].reader.feed.filter.clone()).collect();
         let read = SnapshotRead { filters, after: snapshot.position, as_of: Some(snapshot.as_of) };
         async move {
             let mut backoff = Backoff::default();
@@ -586,13 +633,13 @@ impl Cursor {
     fn resume(&self) -> BoxFuture<'static, Fetched> {
         let hub = self.hub.clone();
         let filters: Vec<_> = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
-        let position = self.position();
+        let (position, new) = (self.position(), self.new);
         // Of this connection's own stream: what comes later is new, whatever its number.
         let origin = Origin::Cursor { newest: self.places.iter().filter_map(|place| place.reader.feed.newest()).max() };
         async move {
             let mut backoff = Backoff::default();
             loop {
-                match resume::after(&hub, &filters, (position.clone(), origin), StartAt::Now).await {
+                match resume::after(&hub, &filters, (position.clone(), origin), StartAt::Now, new).await {
                     Ok(found) => return Fetched::Moved(found),
                     Err(error) => tracing::debug!(%error, "could not resume, retrying"),
                 }

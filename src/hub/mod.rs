@@ -11,6 +11,8 @@ mod cursor;
 mod encoded;
 mod ends;
 mod feed;
+#[cfg(test)]
+mod joining;
 mod log;
 #[cfg(test)]
 mod model;
@@ -40,11 +42,12 @@ pub use self::{
     ends::{Completed, Ends, Until},
     feed::Seen as FeedSeen,
     progress::Progress,
-    resume::{Opening, Start, StartAt},
+    resume::{NewFilters, Opening, Start, StartAt},
 };
 use self::{
     feed::{Feed, Reader},
     pages::{Pages, SharedPage},
+    place::Snapshot,
     reader_map::{ReaderMap, Removed},
     witnesses::Witnesses,
 };
@@ -165,16 +168,18 @@ impl Hub {
             StartAt::Time(time) if time > Timestamp::now() => Some(time),
             _ => None,
         };
+        let new = start.new;
         let found = match start.last_event_id {
-            None => resume::begin(self, filters, start.at).await?,
+            None => resume::begin(self, filters, start.at, new).await?,
             Some(text) => match text.parse() {
-                Ok(position) => resume::after(self, filters, (position, resume::Origin::Client), start.at).await?,
+                Ok(position) => resume::after(self, filters, (position, resume::Origin::Client), start.at, new).await?,
                 Err(_) => resume::unknown(self, filters, &text, start.at).await?,
             },
         };
-        let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.is_some());
+        let is_whole = |snapshot: &Snapshot| snapshot.places.len() == found.places.len();
+        let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.as_ref().is_some_and(is_whole));
         let remaining = resume::remaining(self, &found, ends).await?;
-        let cursor = Cursor::new(self.clone(), format, not_before, found, remaining);
+        let cursor = Cursor::new(self.clone(), (format, new), not_before, found, remaining);
         let opening = match gap {
             Some((requested, reason)) => Opening::Gap(self.gap(&requested, &cursor.position(), reason)),
             None if is_snapshot => Opening::Snapshot,

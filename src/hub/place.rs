@@ -17,8 +17,14 @@ pub(super) struct Place {
     pub ahead_proven: u64,
 }
 
-/// A snapshot that is being handed over, page by page.
+/// A snapshot that is being handed over, page by page, or is to be.
 pub(super) struct Snapshot {
+    /// The places that are behind it once it has been handed over. Until then they stand in it.
+    pub places: Vec<usize>,
+    /// It waits until all other places have come to where it was taken: what is known goes before what is new.
+    pub waits: bool,
+    /// Feeds that are not proven up to there have been asked to read.
+    pub has_asked: bool,
     pub as_of: u64,
     /// Everything up to here has been handed over.
     pub position: u64,
@@ -57,10 +63,18 @@ impl Place {
 }
 
 impl Snapshot {
-    pub fn new(first: SnapshotPage, held: Held) -> Snapshot {
-        let mut snapshot = Snapshot { as_of: first.as_of, position: 0, ahead: VecDeque::new(), ahead_reached: 0, held };
+    /// A snapshot of all places, which begins with this page.
+    pub fn new(places: usize, first: SnapshotPage, held: Held) -> Snapshot {
+        let places = (0..places).collect();
+        let mut snapshot = Snapshot { waits: false, ..Snapshot::of(places, first.as_of, held) };
         snapshot.take_over(first);
         snapshot
+    }
+
+    /// A snapshot of some places, for which the others are waited for.
+    pub fn of(places: Vec<usize>, as_of: u64, held: Held) -> Snapshot {
+        let ahead = VecDeque::new();
+        Snapshot { places, waits: true, has_asked: false, as_of, position: 0, ahead, ahead_reached: 0, held }
     }
 
     /// Takes over a page, but for what has been handed over.

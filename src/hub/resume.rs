@@ -26,7 +26,7 @@ use super::{
 use crate::{
     broker::{BrokerError, Page, Read, ReadFrom, SnapshotRead},
     event::Epoch,
-    memory::Held,
+    memory::{Held, Part},
     position::{Position, Witness},
     subject::Filter,
     wire::{Gap, GapReason},
@@ -41,6 +41,26 @@ pub struct Start {
     /// The client's last event id as it sent it, whether it is one or not. Wins over `at`.
     pub last_event_id: Option<String>,
     pub at: StartAt,
+    pub new: NewFilters,
+}
+
+/// Where filters begin that a client's id does not know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NewFilters {
+    /// Where the lowest of those stands that it knows. (An id names the filters that stand above the lowest, and no others.)
+    #[default]
+    Lowest,
+    /// With the next event.
+    Now,
+    /// With the last event of every subject, then with what follows.
+    Snapshot,
+}
+
+impl NewFilters {
+    /// Whether the ids of a connection name all of its filters, so that one that is new later can be told from them.
+    pub fn are_told_apart(self) -> bool {
+        self != NewFilters::Lowest
+    }
 }
 
 /// Where a stream begins that resumes nothing.
@@ -97,7 +117,12 @@ pub(super) async fn remaining(hub: &Hub, found: &StartPoint, ends: Ends) -> Resu
     Ok(Some(Remaining::new(ends.limit, bound, reason, ends.wait)))
 }
 
-pub(super) async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<StartPoint, BrokerError> {
+pub(super) async fn begin(
+    hub: &Hub,
+    filters: &[Filter],
+    at: StartAt,
+    new: NewFilters,
+) -> Result<StartPoint, BrokerError> {
     let requested = match &at {
         StartAt::Time(time) => time.to_string(),
         StartAt::Last(count) => format!("-{count}"),
@@ -105,7 +130,7 @@ pub(super) async fn begin(hub: &Hub, filters: &[Filter], at: StartAt) -> Result<
     };
     let from = match at {
         StartAt::After(position) => {
-            return Box::pin(after(hub, filters, (position, Origin::Client), StartAt::Now)).await;
+            return Box::pin(after(hub, filters, (position, Origin::Client), StartAt::Now, new)).await;
         }
         StartAt::Now => None,
         StartAt::First => Some(ReadFrom::After(0)),
@@ -199,9 +224,9 @@ async fn begin_with_snapshot(hub: &Hub, filters: &[Filter]) -> Result<StartPoint
             readers.iter().for_each(Reader::retire);
             continue;
         }
-        // Where the places are once the snapshot has been handed over.
-        let places = readers.into_iter().map(|reader| Place::new(reader, page.as_of)).collect();
-        return Ok(StartPoint { snapshot: Some(Snapshot::new(page, held)), ..StartPoint::at(epoch, places) });
+        let places: Vec<_> = readers.into_iter().map(|reader| Place::new(reader, 0)).collect();
+        let snapshot = Snapshot::new(places.len(), page, held);
+        return Ok(StartPoint { snapshot: Some(snapshot), ..StartPoint::at(epoch, places) });
     }
 }
 
@@ -228,11 +253,47 @@ pub(super) enum Origin {
     Cursor { newest: Option<Timestamp> },
 }
 
-/// The place of a client that was at `position`.
+/// The place of a client that was at `position`, with filters that the position may not know.
 pub(super) async fn after(
     hub: &Hub,
     filters: &[Filter],
     (position, origin): (Position, Origin),
+    otherwise: StartAt,
+    new: NewFilters,
+) -> Result<StartPoint, BrokerError> {
+    loop {
+        let mut found = after_lowest(hub, filters, (&position, origin), otherwise.clone()).await?;
+        let goes_on = !matches!(found.gap, Some((_, GapReason::Recreated | GapReason::UnknownId)));
+        if !new.are_told_apart() || !position.names_filters() || !goes_on {
+            return Ok(found);
+        }
+        let is_new = |place: &Place| !position.names(place.tag);
+        let places: Vec<_> = (0..found.places.len()).filter(|number| is_new(&found.places[*number])).collect();
+        if places.is_empty() {
+            return Ok(found);
+        }
+        let bounds = hub.0.broker.bounds().await?;
+        if bounds.epoch != found.epoch {
+            found.places.iter().for_each(|place| place.reader.retire());
+            continue;
+        }
+        for number in &places {
+            (found.places[*number].position, found.places[*number].ahead) = (0, Ahead::default());
+        }
+        let mut snapshot = Snapshot::of(places, bounds.last, hub.0.memory.hold(Part::Pages, 0));
+        if new == NewFilters::Now {
+            // Nothing of it is wanted.
+            snapshot.ahead_reached = snapshot.as_of;
+        }
+        return Ok(StartPoint { snapshot: Some(snapshot), ..found });
+    }
+}
+
+/// The place of a client that was at `position`, where filters that the position does not know stand as the lowest does.
+async fn after_lowest(
+    hub: &Hub,
+    filters: &[Filter],
+    (position, origin): (&Position, Origin),
     otherwise: StartAt,
 ) -> Result<StartPoint, BrokerError> {
     loop {
@@ -252,7 +313,7 @@ pub(super) async fn after(
         if let (true, Origin::Client, Some(witness)) = (is_same, origin, position.witness())
             && !hub.is_of_stream(epoch, witness, &places).await?
         {
-            match rewound(hub, epoch, places, &position, later_than(witness)).await? {
+            match rewound(hub, epoch, places, position, later_than(witness)).await? {
                 Some(found) => return Ok(found),
                 None => continue,
             }
@@ -270,14 +331,14 @@ pub(super) async fn after(
         match (is_same, origin) {
             (true, _) if is_there => return Ok(StartPoint::at(epoch, places)),
             (true, Origin::Client) if epoch.has_rewound() => {
-                if let Some(found) = rewound(hub, epoch, places, &position, None).await? {
+                if let Some(found) = rewound(hub, epoch, places, position, None).await? {
                     return Ok(found);
                 }
             }
             (true, _) => return unknown(hub, filters, &position.to_string(), otherwise).await,
             (false, Origin::Cursor { newest }) if position.epoch.is_named(epoch) => {
                 let later = newest.and_then(|newest| newest.checked_add(Duration::from_nanos(1)).ok());
-                if let Some(found) = rewound(hub, epoch, places, &position, later).await? {
+                if let Some(found) = rewound(hub, epoch, places, position, later).await? {
                     return Ok(found);
                 }
             }
@@ -332,7 +393,7 @@ pub(super) async fn unknown(
     at: StartAt,
 ) -> Result<StartPoint, BrokerError> {
     let requested = requested.chars().take(REQUESTED_CHARS_MAX).collect();
-    let found = begin(hub, filters, at).await?;
+    let found = begin(hub, filters, at, NewFilters::Lowest).await?;
     Ok(StartPoint { gap: Some((requested, GapReason::UnknownId)), ..found })
 }
 

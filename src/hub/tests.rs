@@ -28,10 +28,10 @@ use crate::{
 };
 
 /// Longer than anything takes on a clock that stands still while there is work.
-const BOUND: Duration = Duration::from_secs(60);
+pub(super) const BOUND: Duration = Duration::from_secs(60);
 
 /// The embedded broker, with hints as NATS may deliver them under the worst of luck, and reads that may fail.
-struct Faulty {
+pub(super) struct Faulty {
     broker: watch::Sender<Arc<Embedded>>,
     seed: AtomicU64,
     reads_fail: AtomicBool,
@@ -44,7 +44,7 @@ struct Faulty {
 }
 
 impl Faulty {
-    fn new(seed: u64) -> Arc<Faulty> {
+    pub(super) fn new(seed: u64) -> Arc<Faulty> {
         let broker = watch::Sender::new(Arc::new(embedded(100_000)));
         Arc::new(Faulty {
             broker,
@@ -65,7 +65,7 @@ impl Faulty {
         self.broker.send_replace(Arc::new(embedded(100_000)));
     }
 
-    async fn publish(&self, subject: &str) -> EventId {
+    pub(super) async fn publish(&self, subject: &str) -> EventId {
         let Published { id, .. } = self.inner().publish(publication(subject)).await.unwrap().await.unwrap();
         id
     }
@@ -166,7 +166,7 @@ impl Broker for Faulty {
     }
 }
 
-fn hub(broker: &Arc<Faulty>, change: impl FnOnce(&mut Settings)) -> Hub {
+pub(super) fn hub(broker: &Arc<Faulty>, change: impl FnOnce(&mut Settings)) -> Hub {
     let Config { feed, history, audit, .. } = config();
     let mut settings = Settings { feed, history, audit, write_bytes: 65_536, read_bytes: 1, proof: Proof::Required };
     change(&mut settings);
@@ -174,18 +174,18 @@ fn hub(broker: &Arc<Faulty>, change: impl FnOnce(&mut Settings)) -> Hub {
 }
 
 fn from(at: StartAt) -> Start {
-    Start { last_event_id: None, at }
+    Start { last_event_id: None, at, new: NewFilters::Lowest }
 }
 
 fn after(id: EventId) -> Start {
-    Start { last_event_id: Some(id.to_string()), at: StartAt::Now }
+    Start { last_event_id: Some(id.to_string()), at: StartAt::Now, new: NewFilters::Lowest }
 }
 
 async fn subscribe(hub: &Hub, filter: &str, start: Start) -> (Opening, Cursor) {
     hub.subscribe(&filters(&[filter]), start, Format::Raw, Ends::default()).await.unwrap()
 }
 
-fn filters(texts: &[&str]) -> Vec<Filter> {
+pub(super) fn filters(texts: &[&str]) -> Vec<Filter> {
     texts.iter().map(|text| Filter::parse(text).unwrap()).collect()
 }
 
@@ -335,7 +335,7 @@ async fn a_resume_anywhere_goes_on_exactly_after_it() {
 }
 
 /// The id that a frame leaves its client with.
-fn id_of(frame: &Frame) -> Position {
+pub(super) fn id_of(frame: &Frame) -> Position {
     let text = String::from_utf8(frame.pieces(Framing::Close).concat()).unwrap();
     text.strip_suffix("\n\n").and_then(|block| block.rsplit("\nid: ").next()).unwrap().parse().unwrap()
 }
@@ -375,7 +375,8 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
                 position = cursor.quiet_position().unwrap_or(position);
             }
             if dice.random_ratio(1, 3) {
-                let back = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
+                let back =
+                    Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
                 let (opening, again) = hub.subscribe(&wanted, back, Format::Raw, Ends::default()).await.unwrap();
                 assert!(matches!(opening, Opening::Position(_)), "seed {seed}: {opening:?}");
                 cursor = again;
@@ -411,7 +412,8 @@ async fn a_snapshot_that_dies_halfway_goes_on_from_there() {
 
     let (_, mut cursor) = subscribe(&hub, "s.*", from(StartAt::Snapshot)).await;
     let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
-    let back = Start { last_event_id: Some(id_of(&frames[0]).to_string()), at: StartAt::Snapshot };
+    let back =
+        Start { last_event_id: Some(id_of(&frames[0]).to_string()), at: StartAt::Snapshot, new: NewFilters::Lowest };
     let (opening, mut cursor) = subscribe(&hub, "s.*", back).await;
     assert!(matches!(opening, Opening::Position(_)));
     assert_eq!(take(&mut cursor, 300).await, (202..=501).collect::<Vec<_>>());
@@ -422,7 +424,7 @@ async fn an_unknown_id_before_a_snapshot_does_not_stand_behind_it() {
     let broker = Faulty::new(12);
     let hub = hub(&broker, |_| {});
     let id = broker.publish("a").await;
-    let start = Start { last_event_id: Some("none of ours".into()), at: StartAt::Snapshot };
+    let start = Start { last_event_id: Some("none of ours".into()), at: StartAt::Snapshot, new: NewFilters::Lowest };
     let (opening, _) = subscribe(&hub, "a", start).await;
     // A client that is cut off here has seen nothing of the snapshot.
     assert!(text(&opening).ends_with(&format!("\nid: {}-0\n\n", id.epoch)), "{opening:?}");
@@ -440,7 +442,7 @@ async fn a_filter_that_is_new_to_an_id_begins_at_its_lowest() {
     broker.publish("a").await;
     let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let id = id_of(&frames[0]).to_string();
-    let back = Start { last_event_id: Some(id), at: StartAt::Now };
+    let back = Start { last_event_id: Some(id), at: StartAt::Now, new: NewFilters::Lowest };
     let (_, mut cursor) = hub.subscribe(&filters(&["a", "new"]), back, Format::Raw, Ends::default()).await.unwrap();
     broker.publish("a").await;
     let mut got = take(&mut cursor, 2).await;
@@ -473,7 +475,7 @@ async fn a_place_that_moved_past_skipped_events_is_told() {
     let epoch = broker.bounds().await.unwrap().epoch;
     let tags = [&wanted[0], &wanted[1]].map(Tag::of);
     let position = Position::new(epoch, 1, [(tags[0], 3)]);
-    let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
+    let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
 
     let (_, mut cursor) = hub.subscribe(&wanted, start, Format::Raw, Ends::default()).await.unwrap();
 

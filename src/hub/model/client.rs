@@ -8,7 +8,7 @@ use proptest::sample::Index;
 use super::stream::{Stored, Stream, Streams};
 use crate::{
     event::{Epoch, Event, EventId},
-    hub::{Cursor, Ends, Hub, Opening, Start, StartAt, tests::frames_of},
+    hub::{Cursor, Ends, Hub, NewFilters, Opening, Start, StartAt, tests::frames_of},
     position::{Position, Tag},
     subject::Filter,
     wire::{Format, Framing},
@@ -64,7 +64,7 @@ impl Client {
     pub async fn join(hub: &Hub, streams: &Streams, filters: &[&str], at: StartAt) -> Client {
         let filters = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
         let mut client = Client { filters, ..Client::default() };
-        let start = Start { last_event_id: None, at: at.clone() };
+        let start = Start { last_event_id: None, at: at.clone(), new: NewFilters::Lowest };
         let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw, Ends::default()).await else {
             return client;
         };
@@ -143,7 +143,7 @@ impl Client {
 
     pub async fn come_back(&mut self, hub: &Hub, streams: &Streams) {
         let (None, Some(position)) = (&self.cursor, self.position.clone()) else { return };
-        let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now };
+        let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
         if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw, Ends::default()).await {
             self.cursor = Some(cursor);
             if let Opening::Position(told) = &opening {
