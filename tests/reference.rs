@@ -1,8 +1,12 @@
 //! The reference in docs/src/reference is made of what the code says: settings with their defaults and reasons, error codes,
 //! metrics, exit codes. `UPDATE=1 cargo test --test reference` writes it anew.
 
+mod support;
+
 use std::{collections::BTreeSet, fs, path::PathBuf, process::Command};
 
+use serde_json::Value;
+use support::gateway::Launch;
 use tidegate::{config, http::error::Code, metrics::Metrics};
 
 const NOTE: &str = "<!-- Made by tests/reference.rs: UPDATE=1 cargo test --test reference -->";
@@ -163,4 +167,54 @@ fn anchor(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim().to_lowercase();
     let kept = text.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
     kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+/// A schema in a few words.
+fn kind(schema: &Value) -> String {
+    if let Some(name) = schema["$ref"].as_str() {
+        return name.rsplit('/').next().unwrap().to_owned();
+    }
+    if let Some(values) = schema["enum"].as_array() {
+        return values.iter().map(|value| format!("`{}`", value.as_str().unwrap())).collect::<Vec<_>>().join(", ");
+    }
+    match schema["type"].as_str() {
+        Some("array") => format!("{}, once or several times", kind(&schema["items"])),
+        Some(name) => name.to_owned(),
+        None => String::new(),
+    }
+}
+
+/// What the gateway says of itself, as text.
+fn api(document: &Value) -> String {
+    let mut page = format!(
+        "{NOTE}\n\n# HTTP API\n\nThis is `GET /openapi.json` of a gateway with the default settings. \
+         [Endpoints](endpoints.md) has the rest.\n"
+    );
+    let text = |value: &Value| value.as_str().unwrap_or_default().trim().replace('\n', " ").replace('|', "\\|");
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let title = [&operation["summary"], &operation["description"]].map(&text).join("\n\n");
+            page += &format!("\n## {} {path}\n\n{}\n", method.to_uppercase(), title.trim());
+            let parameters = operation["parameters"].as_array().cloned().unwrap_or_default();
+            if !parameters.is_empty() {
+                page += "\n| parameter | in | values | |\n|---|---|---|---|\n";
+            }
+            for parameter in &parameters {
+                let [name, place, words] = ["name", "in", "description"].map(|key| text(&parameter[key]));
+                page += &format!("| `{name}` | {place} | {} | {words} |\n", kind(&parameter["schema"]));
+            }
+            page += "\n| status | |\n|---|---|\n";
+            for (status, answer) in operation["responses"].as_object().unwrap() {
+                let shared = answer["$ref"].as_str().map(|name| name.rsplit('/').next().unwrap());
+                let answer = shared.map_or(answer, |name| &document["components"]["responses"][name]);
+                page += &format!("| {status} | {} |\n", text(&answer["description"]));
+            }
+        }
+    }
+    page
+}
+
+#[test]
+fn the_api_is_what_the_gateway_says_of_itself() {
+    check("api.md", &api(&Launch::new().start().ask("/openapi.json").json()));
 }

@@ -18,28 +18,40 @@ use super::{
 use crate::broker::Health;
 
 const CONSOLE: &str = include_str!("../../web/console.html");
+const LIBRARY: &str = include_str!("../../web/tidegate.js");
+const LIBRARY_TYPES: &str = include_str!("../../web/tidegate.d.ts");
+const DEMOS: [(&str, &str); 4] = [
+    ("/demos/wall", include_str!("../../web/demos/wall.html")),
+    ("/demos/session", include_str!("../../web/demos/session.html")),
+    ("/demos/board", include_str!("../../web/demos/board.html")),
+    ("/demos/log", include_str!("../../web/demos/log.html")),
+];
 
 /// `script-src` and `style-src` of the console: nothing but what is in it.
-static CONSOLE_SOURCES: LazyLock<String> = LazyLock::new(|| {
-    let hash = |tag: &str| {
-        let (_, rest) = CONSOLE.split_once(&format!("<{tag}>")).expect("the console has one");
-        let (text, _) = rest.split_once(&format!("</{tag}>")).expect("it ends");
-        format!("'sha256-{}'", STANDARD.encode(Sha256::digest(text)))
-    };
-    format!("script-src {}; style-src {}", hash("script"), hash("style"))
-});
+static CONSOLE_SOURCES: LazyLock<String> =
+    LazyLock::new(|| format!("script-src {}; style-src {}", hash(CONSOLE, "script"), hash(CONSOLE, "style")));
 
-/// `GET /`, `/console`, `/console/state`, `/openapi.json` and `/asyncapi.json`.
+/// The source expression for the one element of a page with this tag (CSP Level 3, section 2.3.1).
+fn hash(page: &str, tag: &str) -> String {
+    let (_, rest) = page.split_once(&format!("<{tag}")).expect("the page has one");
+    let (_, rest) = rest.split_once('>').expect("a tag ends");
+    let (text, _) = rest.split_once(&format!("</{tag}>")).expect("it ends");
+    format!("'sha256-{}'", STANDARD.encode(Sha256::digest(text)))
+}
+
+/// `GET /`, `/console`, `/console/state`, `/demos/{name}`, `/tidegate.js`, `/tidegate.d.ts`, `/openapi.json` and
+/// `/asyncapi.json`.
 ///
 /// # Errors
-/// 404 where the console is switched off, and for any other path.
+/// 404 where the console is switched off (and the demos with it), and for any other path.
 pub(super) fn serve(app: &web::Data<App>, request: &HttpRequest) -> Result<HttpResponse, ApiError> {
     let nothing = || ApiError::new(Code::NotFound, "events are read and published at /events/{subject}");
     let is_local = app.auth.is_local_only();
+    let demo = DEMOS.iter().find(|(path, _)| *path == request.path()).map(|(_, page)| *page);
     let is_there = match request.path() {
-        "/openapi.json" | "/asyncapi.json" => true,
+        "/openapi.json" | "/asyncapi.json" | "/tidegate.js" | "/tidegate.d.ts" => true,
         "/" | "/console" | "/console/state" => is_local || app.console.enabled,
-        _ => false,
+        _ => demo.is_some() && (is_local || app.console.enabled),
     };
     if !is_there {
         return Err(nothing());
@@ -53,20 +65,31 @@ pub(super) fn serve(app: &web::Data<App>, request: &HttpRequest) -> Result<HttpR
     match request.path() {
         "/" => Ok(HttpResponse::Found().insert_header((header::LOCATION, "/console")).finish()),
         "/console" => Ok(console(app)),
+        "/tidegate.js" => Ok(file("text/javascript; charset=utf-8", LIBRARY)),
+        "/tidegate.d.ts" => Ok(file("text/plain; charset=utf-8", LIBRARY_TYPES)),
         "/openapi.json" => Ok(api::openapi(app, request)),
         "/asyncapi.json" => Ok(api::asyncapi(app, request)),
         // What is told to operators alone elsewhere.
         "/console/state" if is_local => Ok(state(app)),
-        _ => Err(nothing()),
+        _ => demo.map(page_of_demo).ok_or_else(nothing),
     }
 }
 
 fn console(app: &App) -> HttpResponse {
     let images = app.console.images.join(" ");
+    page(&CONSOLE_SOURCES, &images, CONSOLE.replace("{{images}}", &images))
+}
+
+fn page_of_demo(text: &'static str) -> HttpResponse {
+    // Tiles and cards have colours of their own, which are set as style properties: no policy minds.
+    let sources = format!("script-src 'self' {}; style-src {}", hash(text, "script"), hash(text, "style"));
+    page(&sources, "", text.to_owned())
+}
+
+fn page(sources: &str, images: &str, text: String) -> HttpResponse {
     let policy = format!(
-        "default-src 'none'; {}; connect-src 'self'; img-src data: {images}; base-uri 'none'; form-action 'none'; \
-         frame-ancestors 'none'",
-        *CONSOLE_SOURCES
+        "default-src 'none'; {sources}; connect-src 'self'; img-src data: {images}; base-uri 'none'; form-action 'none'; \
+         frame-ancestors 'none'"
     );
     HttpResponse::Ok()
         .content_type("text/html; charset=utf-8")
@@ -74,7 +97,11 @@ fn console(app: &App) -> HttpResponse {
         .insert_header((header::CONTENT_SECURITY_POLICY, policy))
         .insert_header((header::REFERRER_POLICY, "no-referrer"))
         .insert_header(("Cross-Origin-Opener-Policy", "same-origin"))
-        .body(CONSOLE.replace("{{images}}", &images))
+        .body(text)
+}
+
+fn file(content_type: &'static str, text: &'static str) -> HttpResponse {
+    HttpResponse::Ok().content_type(content_type).insert_header((header::CACHE_CONTROL, "no-cache")).body(text)
 }
 
 fn state(app: &App) -> HttpResponse {
