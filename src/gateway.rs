@@ -237,7 +237,7 @@ impl Gateway {
         self.auth.describe()
     }
 
-    /// Resolves if the HTTP servers end though nobody told them to: what is left is no gateway.
+    /// Resolves if the HTTP servers end without being told to: what is left is no gateway.
     pub async fn failed(&mut self) {
         let Err(_ended) = (&mut self.servers.ended).await;
     }

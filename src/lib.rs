@@ -62,7 +62,7 @@
 //!   one chunk, and a stream that is to go on elsewhere never gets the last one (see [`wire`]).
 //! - *An event is encoded once* for each format, however many clients get it.
 //! - *What the broker did not acknowledge is an error*, never a 2xx; what is unknown says so.
-//! - *Refused unseen*: what somebody may not do is decided from names alone, before anything is looked up; a bad token
+//! - *Refused unseen*: what a client may not do is decided from names alone, before anything is looked up; a bad token
 //!   is never taken for none.
 //! - *Never half-alive*: every connection to NATS is watched, told by readiness while it lacks, and made again; nothing that
 //!   is stored can stop one.

@@ -71,7 +71,7 @@ type Digest = [u8; 16];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Key {
-    /// Everybody together.
+    /// All clients together.
     Node,
     Network(Network),
     Principal(Digest),
@@ -283,7 +283,7 @@ fn check(rate: Option<&Rate>, key: Option<Key>, amount: usize) -> Result<(), Ret
 }
 
 impl Caller {
-    /// Somebody at an address that counts, and with a name, if they are known by one.
+    /// A client at an address that counts, with the name of its principal, if it has one.
     pub fn new(address: Option<IpAddr>, name: Option<&str>) -> Caller {
         let digest = |name| *Sha256::digest(name).first_chunk().expect("a digest has 32 bytes");
         Caller { network: address.map(Network::of), principal: name.map(digest) }

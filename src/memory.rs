@@ -147,8 +147,8 @@ impl Memory {
     }
 
     /// Counts bytes that are to be held, as soon as they do not make the budget high, or the part has no more than a quarter of
-    /// it with them. A part that holds nothing gets what it asks for. First come, first served: one who asks for much would
-    /// else be in time each time, and another never.
+    /// it with them. A part that holds nothing gets what it asks for. Served in order: a reader that asks for much would
+    /// else wait for ever behind those that ask for little.
     pub async fn reserve(&self, part: Part, bytes: usize) -> Held {
         let _turn = self.0.queue.lock().await;
         loop {
@@ -177,7 +177,7 @@ impl Memory {
     fn give_back(&self, part: Part, bytes: usize) {
         self.0.parts[part as usize].fetch_sub(bytes, Ordering::Relaxed);
         let before = self.0.used.fetch_sub(bytes, Ordering::Relaxed);
-        // Below a quarter, nobody waits.
+        // Below a quarter, no reservation waits.
         if before > self.limit() / 4 {
             self.0.has_room.notify_waiters();
         }
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_who_waits_for_much_room_is_not_passed_by_those_who_want_little() {
+    async fn a_wait_for_much_room_is_not_passed_by_waits_for_little() {
         let memory = Memory::new(160);
         let [logs, first] = [memory.hold(Part::Logs, 60), memory.hold(Part::Pages, 40)];
         let mut much = Box::pin(memory.reserve(Part::Pages, 60));

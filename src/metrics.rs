@@ -112,7 +112,7 @@ impl Drop for Counted {
 /// The values of the label `connection`.
 const BROKER_CONNECTIONS: [&str; 4] = ["live", "history", "leader", "publish"];
 
-/// What is looked at when somebody asks, rather than counted.
+/// What is looked at when Prometheus asks, rather than counted.
 pub struct Now {
     pub streams_limit: usize,
     pub connections_limit: usize,

@@ -1,4 +1,4 @@
-//! Only whom you let in: who is somebody, who is nobody, what either may do, and every way that was thought of to be or
+//! Authentication and authorization: principals and anonymous clients, what either may do, and every way that was thought of to be or
 //! to do more.
 
 mod support;
@@ -573,7 +573,7 @@ fn the_keys_of_two_principals_are_two_and_a_renewed_token_is_the_same_one() {
 }
 
 #[test]
-fn who_may_not_read_a_subject_is_not_told_its_last_id() {
+fn a_publisher_that_may_not_read_a_subject_is_not_told_its_last_id() {
     let gateway = with_secret().start();
     let rights = |subscribe: &[&str]| token(json!({ "tidegate": { "subscribe": subscribe, "publish": [">"] } }));
     let refused = |subscribe: &[&str]| {

@@ -1,4 +1,4 @@
-//! The connection on which live hints come: that it lets nobody down who listens, and gets in everywhere.
+//! The connection on which live hints come: no listener misses anything, and every kind of login works.
 
 mod support;
 

@@ -206,7 +206,7 @@ async fn what_the_shipped_gateway_may_not_do_it_cannot() {
 }
 
 #[tokio::test]
-async fn who_has_the_shipped_gateways_password_cannot_make_events_go() {
+async fn the_shipped_gateways_password_cannot_make_events_go() {
     let server = NatsServer::configured(CONFIGURATION);
     let broker = connect(&server.settings_as("gateway:change-me-gateway@")).await;
     for subject in ["a", "b", "a"] {

@@ -233,7 +233,7 @@ fn streams_survive_a_reload_of_nginx() {
 }
 
 #[test]
-fn who_asks_too_often_is_refused_and_an_event_source_told_to_retry() {
+fn a_client_that_asks_too_often_is_refused_and_an_event_source_told_to_retry() {
     let edge = Edge::changed(&[PRETENDING, ("rate=50r/s", "rate=1r/m"), ("burst=500", "burst=2")]);
     let from = |request: Request, address| edge.ask(request.header("X-Pretended-Address", address));
     let post = || Request::post("/events/demo").body("x");
@@ -344,7 +344,7 @@ fn assert_not_written(nginx: &Nginx, last: &str, secret: &str) {
 }
 
 #[test]
-fn who_sends_a_head_slowly_or_never_begins_is_cut() {
+fn a_client_that_sends_a_head_slowly_or_never_begins_is_cut() {
     let edge = Edge::changed(&[("client_header_timeout       10s", "client_header_timeout 1s")]);
     let mut slow = Connection::open(edge.nginx.http);
     slow.send_bytes("GET /events/demo HTTP/1.1\r\nHost: x\r\nX-Slow: ");
@@ -369,7 +369,7 @@ fn old_ciphers_are_refused() {
 }
 
 #[test]
-fn who_sends_a_body_slowly_is_cut_by_the_gateway() {
+fn a_client_that_sends_a_body_slowly_is_cut_by_the_gateway() {
     let broker = Backend::embedded();
     let gateway = gateway(&broker).with("limits.body_pause", "1s").start();
     let nginx = Nginx::edge([gateway.address, gateway.address]);

@@ -69,7 +69,7 @@ fn a_caught_up_stream_has_everything_that_was_stored_before(broker: Backend) {
         let more = lines(&gateway, &format!("/events/orders.%3E?follow=0&format=ndjson&lastEventId={id}"));
         assert_eq!(data(&more).last(), Some(&&*id));
     }
-    // An event is there as soon as its publish was answered, whoever reads by then.
+    // An event is there as soon as its publish was answered, whichever client reads.
     let _reader = gateway.stream("/events/orders.eu");
     for number in 0..50 {
         gateway.publish("orders.eu", format!("{number}"));

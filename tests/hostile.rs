@@ -23,7 +23,7 @@ use support::{
     tokens::{SECRET, token},
 };
 
-/// Whoever ends the request before here reads a second one.
+/// A parser that ends the request before here reads a second one.
 const HIDDEN: &str = "0\r\n\r\nPOST /events/smuggled HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx";
 
 /// Header lines that leave it open where the request ends; `LENGTH` is that of [`HIDDEN`].
@@ -600,7 +600,7 @@ fn requests_behind_one_that_waits_are_left_unread() {
 }
 
 #[test]
-fn who_asks_and_never_reads_the_answers_is_cut() {
+fn a_client_that_never_reads_its_answers_is_cut() {
     let mut gateway = Launch::new().with("limits.stall", "500ms").start();
     let requests = Request::get("/nowhere").bytes().repeat(1_000);
     let mut connection = gateway.connect_narrowly();

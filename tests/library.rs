@@ -107,6 +107,15 @@ fn a_source_renews_its_token_resumes_after_a_reload_and_survives_bad_storage() {
 }
 
 #[test]
+fn a_source_waits_for_room_and_leaves_a_dead_connection() {
+    let gateway = Launch::new().with("limits.streams", "1").with("sse.heartbeat", "1s").start();
+    let seen = drive("patience", &gateway, &json!({}));
+    assert_eq!(seen["refused"], json!([503, "too_many_streams", true]));
+    assert_eq!(seen["isAnother"], true);
+    assert_eq!(texts(&seen["got"]), ["1", "2", "3"]);
+}
+
+#[test]
 fn all_tabs_of_an_origin_share_one_connection_and_survive_the_tab_that_reads() {
     let gateway = open_gateway();
     let seen = drive("share", &gateway, &json!({ "admin": format!("http://{}", gateway.admin) }));

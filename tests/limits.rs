@@ -100,7 +100,7 @@ fn a_stream_that_never_began_keeps_no_place() {
 }
 
 #[test]
-fn who_asks_too_often_is_told_when_to_come_back() {
+fn a_client_that_asks_too_often_is_told_when_to_come_back() {
     let gateway = directly().with("limits.address_attempts", "1").with("limits.address_attempts_burst", "5").start();
     // Whatever becomes of it: here it is no subject.
     for _ in 0..5 {

@@ -106,7 +106,7 @@ fn probes_ask_what_the_admin_listener_answers() {
 
 #[test]
 fn what_compose_mounts_is_there() {
-    // Made by whoever starts it, as its first lines say.
+    // Made by its user before the start, as its first lines say.
     let made = ["./nginx/tls"];
     let compose = yaml("compose.yaml");
     let services = compose["services"].as_object().expect("services are named").values();

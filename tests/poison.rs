@@ -146,7 +146,7 @@ fn poisons() -> Vec<Poison> {
     ]
 }
 
-/// One who speaks to a server without a library.
+/// A client that speaks to a server without a library.
 struct Wire {
     socket: BufReader<TcpStream>,
 }

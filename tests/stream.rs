@@ -433,7 +433,7 @@ fn read_in_fragments(gateway: &Gateway, target: &str, start: &str, last: &str) -
         let stream = gateway.resume(target, &last_event_id);
         let (events, position) = stream.break_off(rand::random_range(1..8000), last);
         data.extend(events.into_iter().map(|event| event.data));
-        // Who is killed before the first whole block knows nothing better.
+        // A client that is killed before the first whole block knows nothing better.
         if !position.is_empty() {
             last_event_id = position;
         }
@@ -584,7 +584,7 @@ fn a_drain_ends_streams_and_finishes_publishes(broker: Backend) {
     idle.response();
     let mut upload = gateway.connect();
     upload.send(Request::post("/events/elsewhere").announce(5).header("Expect", "100-continue"));
-    assert_eq!(upload.head().status, 100, "whoever asks for the body has begun with the request");
+    assert_eq!(upload.head().status, 100, "a server that asks for the body has begun with the request");
     upload.send_bytes("he");
 
     gateway.terminate();

@@ -16,7 +16,7 @@ use support::{
     nats::{Cluster, NatsServer},
 };
 
-/// One who listens to what a gateway asks, and to where the answers go.
+/// A listener to what a gateway asks, and to where the answers go.
 struct Eavesdropper(BufReader<TcpStream>);
 
 impl Eavesdropper {

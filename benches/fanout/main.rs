@@ -14,6 +14,7 @@
 
 mod budget;
 mod floor;
+mod ndjson;
 mod process;
 mod publishing;
 mod reads;
@@ -42,6 +43,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("budget", budget::compare),
     ("stalled", || stalled(1_000, 2_000)),
     ("reads", || reads::compare(100_000)),
+    ("ndjson", || ndjson::compare(1_000_000)),
 ];
 
 /// The settings of all gateways but for the number of streams. Heartbeats are not what is measured, and a machine that is
@@ -57,6 +59,7 @@ fn main() {
         Some("floor") => return floor::run().expect("the floor serves"),
         Some("swarm") => return swarm::run().expect("the swarm listens"),
         Some("bare") => return publishing::bare(&arguments[1..]),
+        Some("reader") => return ndjson::bare(&arguments[1..]),
         Some("relay") => return relay::run(&arguments[1]).expect("the relay serves"),
         _ => {}
     }

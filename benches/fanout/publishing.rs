@@ -297,7 +297,7 @@ pub fn bare(arguments: &[String]) {
     println!("{} {}", took.all.as_micros(), took.median.as_micros());
 }
 
-fn in_runtime<T>(task: impl Future<Output = T>) -> T {
+pub fn in_runtime<T>(task: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime").block_on(task)
 }

@@ -1,7 +1,7 @@
-//! What an open gateway on a loopback address serves: programs and pages of the same machine, and nobody else through
+//! What an open gateway on a loopback address serves: programs and pages of the same machine, and no others through
 //! them.
 //!
-//! Whoever opens a page lets it send requests to addresses of their own machine, also under a name of the page's own
+//! A page can send requests to addresses of the machine that shows it, also under a name of the page's own
 //! that has come to mean 127.0.0.1 (DNS rebinding); a proxy passes on requests from anywhere. Each of them shows in a
 //! header. (A proxy that adds none and calls the gateway `localhost` does not.)
 

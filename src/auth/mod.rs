@@ -50,9 +50,9 @@ struct Shared {
 enum Openness {
     /// The clients that are admitted.
     Closed,
-    /// To everybody on this machine.
+    /// To all clients on this machine.
     Local,
-    /// To everybody.
+    /// To all clients.
     Open,
 }
 
@@ -190,7 +190,7 @@ impl Auth {
         self.now().openness == Openness::Local
     }
 
-    /// Whether everybody may do everything.
+    /// Whether every client may do everything.
     pub fn is_open(&self) -> bool {
         self.now().openness != Openness::Closed
     }

@@ -38,7 +38,7 @@ impl Template {
         Ok(template)
     }
 
-    /// The filter that this is for somebody with these claims; `None` where one is missing or does not fit.
+    /// The filter that this is for a principal with these claims; `None` where one is missing or does not fit.
     pub(super) fn fill(&self, claims: &Map<String, Value>) -> Option<Filter> {
         let text = self.write(|name| match claims.get(name)? {
             Value::String(text) => as_token(text.clone()),

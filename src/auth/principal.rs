@@ -9,7 +9,7 @@ use crate::{
     subject::{Filter, Subject},
 };
 
-/// Somebody. Cheap to clone.
+/// The sender of a request. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Principal {
     kind: Kind,

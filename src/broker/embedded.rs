@@ -417,7 +417,7 @@ impl Log {
     }
 }
 
-/// What was removed from the log, to be dropped when nobody waits for it.
+/// What was removed from the log, to be dropped outside the lock.
 enum Removed {
     Event(#[expect(dead_code, reason = "kept for its drop")] Event),
     Key,

@@ -80,7 +80,7 @@ pub trait Broker: Publish {
         Ok(Recognition::Same)
     }
 
-    /// What the stream has let go of so far, whether by its limits or because somebody wanted it gone. Cheap: asked once a
+    /// What the stream has let go of so far, whether by its limits or because an operator removed it. Cheap: asked once a
     /// second.
     async fn gone(&self) -> Result<Gone, BrokerError> {
         Ok(Gone::default())

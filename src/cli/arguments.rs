@@ -110,7 +110,7 @@ pub struct RightsArguments {
     pub publish: Vec<Filter>,
 }
 
-/// How long a file of settings stays as it is that nobody is writing, and how often that is looked at.
+/// How long a file of settings stays as it is that is not being written, and how often that is looked at.
 const SETTLED: Duration = Duration::from_millis(250);
 const SETTLED_TRIES: usize = 40;
 

@@ -8,7 +8,7 @@ use super::{Config, Sources};
 const DIFFERENT_BYTES_MIN: usize = 8;
 /// A text that repeats itself after fewer bytes than this is no longer than that.
 const PERIOD_MIN: usize = 16;
-/// The bits of a file's mode for everybody.
+/// The bits of a file's mode for all users.
 const READ: u32 = 0o004;
 const WRITE: u32 = 0o002;
 

@@ -23,7 +23,7 @@ pub struct Auth {
     pub jwt: Jwt,
 }
 
-/// Whether everybody may do everything.
+/// Whether every client may do everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AuthMode {
@@ -35,7 +35,7 @@ pub enum AuthMode {
     Open,
 }
 
-/// What somebody may do.
+/// What a principal may do.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rights {

@@ -50,7 +50,7 @@ impl Sources {
     /// Reads all of them. Flags are named by dotted keys, as everything is.
     ///
     /// # Errors
-    /// On a file that can't be read or is no TOML, and on keys that nobody knows.
+    /// On a file that can't be read or is no TOML, and on unknown keys.
     pub fn read(file: Option<PathBuf>, flags: Vec<(&str, String)>) -> Result<Sources, ConfigError> {
         let file = file.map(Source::file).transpose()?;
         Sources::layered(file.into_iter().chain([Source::environment(), Source::flags(flags)]))
@@ -108,7 +108,7 @@ impl Sources {
         })
     }
 
-    /// Whether anything in the file is not shown to everybody.
+    /// Whether the file has secrets.
     pub(super) fn file_has_secrets(&self) -> bool {
         let of_file = self.0.iter().filter(|source| matches!(source.origin, Origin::File { .. }));
         let mut values = of_file.flat_map(|source| {

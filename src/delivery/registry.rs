@@ -1,6 +1,6 @@
 //! The open streams, and how the last ones ended: for operators that look for a client's missing event.
 //!
-//! Locked when a stream opens or ends, and when somebody looks. What moves with every event is in atomics of the stream's
+//! Locked when a stream opens or ends, and when an operator looks. What moves with every event is in atomics of the stream's
 //! own record.
 
 use std::{

@@ -191,7 +191,7 @@ fn cookies<'a>(request: &'a HttpRequest, name: &'a str) -> impl Iterator<Item = 
     values.filter(|value| !value.is_empty())
 }
 
-/// Whether somebody follows a link, which tells the page that has it nothing.
+/// Whether a user follows a link, which tells the page that has it nothing.
 fn follows_link(request: &HttpRequest) -> bool {
     let navigates = |mode: &HeaderValue| mode.as_bytes() == b"navigate";
     request.method() == Method::GET && request.headers().get_all("Sec-Fetch-Mode").all(navigates)

@@ -286,7 +286,7 @@ impl Batch {
         Ok((subject, receipt))
     }
 
-    /// Reads a line here, or, if that may take long, on a thread where nobody waits.
+    /// Reads a line here, or, if that may take long, on a thread that serves no connections.
     async fn parse(&self, line: Bytes) -> Result<Publication, ApiError> {
         let event_bytes_max = self.app.limits.borrow().event_bytes;
         if line.len() <= SMALL_LINE_BYTES {

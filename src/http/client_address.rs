@@ -33,7 +33,7 @@ impl Proxies {
     }
 
     /// The client's address: the last hop that is no trusted proxy, read from the right. What stands left of it was
-    /// written by nobody we know. Where a hop can't be read, the one that told of it.
+    /// written by an unknown hop. Where a hop can't be read, the one that told of it.
     ///
     /// `None` where trusted proxies are all that is named: the request is one's own, or that of a program beside it.
     pub fn client(&self, peer: IpAddr, headers: &HeaderMap) -> Option<IpAddr> {

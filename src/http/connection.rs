@@ -49,7 +49,7 @@ use super::App;
 /// (measured), and 2 MB with this. It is what actix reads at a time, so that uploads pause no more often.
 const TURN_BYTES: usize = 8 * 1024;
 
-/// Bytes that are read of a body that nobody wants, so that its answer is not overtaken by a reset: about what a client has
+/// Bytes that are read of a body that is not wanted, so that its answer is not overtaken by a reset: about what a client has
 /// under way when it is answered, at 100 Mbit/s over 80 ms.
 const REST_BYTES_MAX: usize = 1 << 20;
 
@@ -73,7 +73,7 @@ pub struct Connection {
     turn_bytes: usize,
     /// Bytes that were read since the handler took something of its request's body, or there was no handler.
     ahead_bytes: usize,
-    /// Bytes that were read since a request was answered whose body nobody read to its end.
+    /// Bytes that were read since a request was answered whose body was not read to its end.
     rest_bytes: usize,
 }
 

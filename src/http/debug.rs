@@ -111,7 +111,7 @@ fn list_streams(app: &App, request: &HttpRequest) -> Result<Streams, ApiError> {
     })
 }
 
-/// Which streams somebody asks for.
+/// Which streams an operator asks for.
 struct Wanted<'a> {
     address: Option<IpAddr>,
     principal: Option<&'a str>,

@@ -188,7 +188,7 @@ fn check_head(request: &RequestHead, limits: &config::Limits) -> Result<(), ApiE
     Ok(())
 }
 
-/// Whether what still arrives of the request's body is wanted by nobody, and may never end: actix passes over the chunks
+/// Whether what still arrives of the request's body is not wanted, and may never end: actix passes over the chunks
 /// of a body that was not read for as long as they come.
 fn has_endless_rest(response: &ServiceResponse) -> bool {
     let request = response.request();

@@ -64,7 +64,7 @@ use crate::{
     subject::Subject,
 };
 
-/// How long a connection is kept for the rest of a body that nobody wants, and for its own orderly end.
+/// How long a connection is kept for the rest of a body that is not wanted, and for its own orderly end.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// What the handlers share.
@@ -253,7 +253,7 @@ struct Conditional {
     broker: SharedBroker,
 }
 
-/// How long somebody waits at most to be told of the event on which a condition failed.
+/// How long a publisher waits at most to be told of the event on which a condition failed.
 const LOOK_WITHIN: Duration = Duration::from_secs(1);
 
 async fn explain(error: PublishError, conditional: Option<Conditional>) -> ApiError {

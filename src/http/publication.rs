@@ -78,8 +78,8 @@ pub fn parse_key(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// An idempotency key of this principal's, which is no other's: nobody learns of, or takes the place of, an event of
-/// somebody else by guessing a key. Of the same length, whatever names and keys are.
+/// An idempotency key of this principal's, which is no other's: no principal learns of, or takes the place of, an event of
+/// another by guessing a key. Of the same length, whatever names and keys are.
 pub fn key_of(principal: &Principal, key: &str) -> String {
     // A key has no control characters: it begins behind the last.
     let digest = Sha256::new().chain_update(principal.name()).chain_update([0]).chain_update(key).finalize();

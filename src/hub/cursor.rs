@@ -601,7 +601,7 @@ impl Cursor {
             let mut backoff = Backoff::default();
             loop {
                 match hub.read_shared(epoch, &filter, after).await {
-                    // Nobody could say what follows, for the moment: asked again at once, nobody could either.
+                    // What follows can't be said at the moment: asked again at once, it could not be said either.
                     Ok(page) if page.epoch == epoch && page.proven.max(page.first - 1) <= after => {}
                     Ok(page) => return Fetched::Page(number, page),
                     Err(error) => tracing::debug!(%filter, %error, "could not read history, retrying"),

@@ -12,7 +12,7 @@
 //!
 //! # Lagging
 //! The log is bounded, and forgets its oldest. A reader further behind reads history until it is inside again
-//! ([`Take::Behind`]). Nobody waits for it.
+//! ([`Take::Behind`]). Others do not wait for it.
 //!
 //! # Closing
 //! A feed whose stream turns out to have been made again, or to have lost its end and to count anew, is closed: its

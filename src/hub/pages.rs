@@ -14,7 +14,7 @@ use tokio::sync::OnceCell;
 use super::encoded::EncodedEvent;
 use crate::{broker::Page, event::Epoch, memory::Held, subject::Filter};
 
-/// A page that nobody has asked for during this time is let go of...
+/// A page that was not asked for during this time is let go of...
 const UNUSED_MAX: Duration = Duration::from_secs(2);
 /// ...and any that is so old, because what has been purged since should not be seen for long.
 const AGE_MAX: Duration = Duration::from_secs(5);
@@ -92,7 +92,7 @@ impl Pages {
         self.recent().retain(|page| !page.flight.initialized());
     }
 
-    /// Lets go of pages that nobody wants any more.
+    /// Lets go of pages that are not asked for any more.
     pub fn tidy(&self) {
         Pages::let_go(&mut self.recent(), Instant::now());
     }

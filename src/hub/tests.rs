@@ -590,7 +590,7 @@ async fn filters_that_begin_now_begin_at_the_same_moment() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_who_come_back_to_one_place_share_its_reads() {
+async fn many_clients_that_come_back_to_one_place_share_its_reads() {
     let broker = Faulty::new(10);
     let hub = hub(&broker, |settings| settings.feed.events = 4);
     let (_, _keeps_the_feed) = subscribe(&hub, "a", from(StartAt::Now)).await;
@@ -614,7 +614,7 @@ async fn many_who_come_back_to_one_place_share_its_reads() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_stalls_while_a_page_is_read_holds_up_nobody_who_wants_it_too() {
+async fn a_client_that_stalls_while_a_page_is_read_holds_up_no_other() {
     let broker = Faulty::new(13);
     let hub = hub(&broker, |settings| settings.history.concurrency = 1);
     let first = broker.publish("a").await;

@@ -1,6 +1,6 @@
 //! The framing of the NATS client protocol: a line, and after MSG and HMSG so many bytes. Knows of no socket.
 //!
-//! A frame that is no such thing can't be skipped, because nobody knows where it ends: the reader hangs up. So nothing
+//! A frame that is no such thing can't be skipped, because its end is unknown: the reader hangs up. So nothing
 //! that a publisher chooses (subject, reply, headers, payload) may decide whether a frame is one. A subject can be any
 //! bytes but NUL-free text is not promised: the server splits a line at blanks and tabs, and so does this.
 

@@ -38,6 +38,7 @@ async function proxy() {
   let isCut = false;
   const server = net.createServer((socket) => {
     if (isCut) return socket.destroy();
+    seen.connections = (seen.connections ?? 0) + 1;
     const other = net.connect(target.port, target.hostname);
     for (const [one, two] of [[socket, other], [other, socket]]) {
       sockets.add(one);
@@ -46,7 +47,9 @@ async function proxy() {
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
   const set = (cut) => { isCut = cut; if (cut) sockets.forEach((socket) => socket.destroy()); };
-  return { url: `http://127.0.0.1:${server.address().port}`, set, close: () => { set(true); server.close(); } };
+  // Connections that are there stay, and nothing passes on them any more; new ones are as ever.
+  const freeze = () => sockets.forEach((socket) => { socket.unpipe(); socket.pause(); });
+  return { url: `http://127.0.0.1:${server.address().port}`, set, freeze, close: () => { set(true); server.close(); } };
 }
 
 const scenarios = {
@@ -80,6 +83,7 @@ const scenarios = {
     await publish("sessions.race.chat", JSON.stringify({ text: "<img src=x onerror=alert(1)>" }));
     await pages[0].click("#next");
     await isTrue(pages[0], (total) => demo.at() === total + 1, total);
+    if (process.env.CUT_SECONDS) await new Promise((resolve) => setTimeout(resolve, process.env.CUT_SECONDS * 1000));
     cut.set(false);
     await shows(pages[1], "live");
     for (const page of pages) {
@@ -223,10 +227,41 @@ const scenarios = {
     });
   },
 
+  /** A node that has no room, and a connection that is open and dead. */
+  async patience() {
+    const cut = await proxy();
+    const page = await open(`${cut.url}/blank`);
+    const only = new AbortController();
+    await fetch(`${gateway}/events/other`, { signal: only.signal });
+    await page.evaluate(async () => {
+      const { TidegateSource } = await import("/tidegate.js");
+      window.got = [];
+      window.errors = [];
+      window.source = new TidegateSource("/events/demo", { silence: 3000 });
+      source.onmessage = ({ data }) => got.push(data);
+      source.onerror = ({ status, code, willRetry }) => errors.push([status, code, willRetry]);
+    });
+    await isTrue(page, () => errors.length >= 2);
+    seen.refused = await page.evaluate(() => errors[0]);
+    only.abort();
+    await isTrue(page, () => source.readyState === 1);
+    await publish("demo", "1");
+    await isTrue(page, () => got.length === 1);
+    const before = seen.connections;
+    cut.freeze();
+    await publish("demo", "2");
+    await isTrue(page, () => got.length === 2);
+    seen.isAnother = seen.connections > before;
+    await publish("demo", "3");
+    await isTrue(page, () => got.length === 3);
+    seen.got = await page.evaluate(() => got);
+    cut.close();
+  },
+
   /** One connection for all tabs. */
   async share() {
     const tabs = [await open(`${gateway}/blank`)];
-    const { context } = { context: contexts[0] };
+    const [context] = contexts;
     for (let number = 0; number < 2; number++) tabs.push(await open(`${gateway}/blank`, { context }));
     const start = (page, filter) => page.evaluate(async (filter) => {
       const { TidegateSource } = await import("/tidegate.js");

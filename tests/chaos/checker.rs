@@ -76,7 +76,7 @@ pub struct Violation {
 pub struct Checker<'t> {
     truth: &'t Truth,
     stored: HashMap<Epoch, Vec<(u64, Token)>>,
-    /// The events that a sequence was seen to be, by whoever saw it first.
+    /// The events that a sequence was seen to be, by the client that saw it first.
     seen: HashMap<EventId, Token>,
     /// The sequence of an event, and when somebody first said so.
     placed: HashMap<(Epoch, Token), (u64, Moment)>,

@@ -78,7 +78,7 @@ pub struct World {
     pub cuts: Vec<Cut>,
     pub nginx: Nginx,
     pub operator: Operator,
-    /// Held by whoever changes the stream as a whole.
+    /// Held by the fault that changes the stream as a whole.
     pub stream: Mutex<()>,
     pub ledger: Arc<Ledger>,
     pub timeline: StdMutex<Vec<(Moment, String)>>,

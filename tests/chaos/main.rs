@@ -43,7 +43,7 @@ use load::Muse;
 use support::{cut::Cut, gateway::Launch, nats::Cluster, nginx::Nginx};
 
 /// How long clients may take to catch up once everything is whole again. The slowest ones read 16 kB in up to a second,
-/// and whoever reads everything may have a hundred thousand events to read, by small pages.
+/// and a client that reads everything may have a hundred thousand events to read, by small pages.
 const CATCH_UP: Duration = Duration::from_secs(120);
 /// Topics of which some clients read everything.
 const WILD_TOPICS: usize = 2;
@@ -74,7 +74,7 @@ fn every_client_gets_every_event_once_and_in_order_whatever_happens() {
         let runtime = runtime.expect("a runtime starts");
         let outcome = panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(run(seed, time, rate))));
         if let Err(panic) = outcome {
-            // Gateways and nginx have shown what they logged: whoever sees only the end of it all learns what was wrong.
+            // Gateways and nginx have shown what they logged: the end of the output says what was wrong.
             eprintln!(
                 "CHAOS_SEED={seed}, in brief:\n{}",
                 brief(panic.downcast_ref::<String>().map_or("", String::as_str))

@@ -234,7 +234,7 @@ impl Gateway {
         }
     }
 
-    /// Waits until whoever connects is free to go elsewhere.
+    /// Waits until the port refuses connections, and a client can go elsewhere.
     pub fn wait_until_it_refuses_connections(&self) {
         let deadline = Instant::now() + PATIENCE;
         while TcpStream::connect(self.address).is_ok() {

@@ -79,7 +79,7 @@ impl Request {
         self
     }
 
-    /// Who sends it, by a token or key.
+    /// Says by a token or key which principal sends it.
     pub fn bearer(self, token: &str) -> Request {
         self.header("Authorization", format!("Bearer {token}"))
     }
@@ -255,7 +255,7 @@ impl Connection {
     pub fn send(&mut self, request: impl Into<Request>) {
         let request = request.into();
         self.unanswered.push_back(request.method != "HEAD");
-        // Who refuses a request may close the connection before all of it has been sent.
+        // A server that refuses a request may close the connection before all of it has been sent.
         let _ = self.socket.write_all(&request.bytes());
     }
 

@@ -1,7 +1,7 @@
 //! What the black-box tests are written with: a gateway in a process of its own, a client that sends exactly the bytes
 //! it is told to, and a reader of event streams that owes nothing to the gateway's code.
 //!
-//! Nothing here sleeps. Whoever waits, waits for the thing itself, at most for [`PATIENCE`], and then fails with what
+//! Nothing here sleeps. A test waits for the thing itself, at most for [`PATIENCE`], and then fails with what
 //! it has seen.
 
 // Each test file is a crate of its own and uses a part of this.

@@ -152,7 +152,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts the servers. They have yet to find each other and to elect whoever decides on streams. Clients are not told
+    /// Starts the servers. They have yet to find each other and to elect the one that decides on streams. Clients are not told
     /// of the other servers: they know those that they shall know.
     pub fn start() -> Cluster {
         Cluster::with("no_advertise: true", "")

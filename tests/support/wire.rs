@@ -3,7 +3,7 @@
 
 use std::process::{Child, Command, Output, Stdio};
 
-/// Ends with its owner, with whoever is on it.
+/// Ends with its owner, with the connections on it.
 pub struct Wire {
     name: String,
     /// The cable's end on this side.

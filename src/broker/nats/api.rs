@@ -96,7 +96,7 @@ impl Requests {
 
     /// One JetStream API request, answered by JSON.
     pub async fn ask(&self, limit: Duration, subject: &str, body: &Value) -> Result<Value, RequestError> {
-        // Not connected: async-nats would keep the request and send it when nobody wants the answer any more.
+        // Not connected: async-nats would keep the request and send it when the answer is not wanted any more.
         if !self.is_connected() {
             return Err(RequestError::NotConnected);
         }

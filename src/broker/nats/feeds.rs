@@ -1,8 +1,8 @@
 //! Which feeds a live message is for.
 //!
-//! A feed has a subscription of its own, so that the server sends nothing that nobody reads. But the server sends an event
+//! A feed has a subscription of its own, so that the server sends nothing that is not read. But the server sends an event
 //! once for each subscription that matches it, and closes a connection on which 64 MB wait (its `max_pending`): some
-//! dozens of overlapping wildcards would take the live connection from everybody. So at most [`OVERLAPS_MAX`] feeds have
+//! dozens of overlapping wildcards would take the live connection from all feeds. So at most [`OVERLAPS_MAX`] feeds have
 //! subscriptions of their own that match one subject. More of them share one that covers all of these: a wider one, of
 //! whose messages each feed gets those that it asks for.
 
@@ -102,7 +102,7 @@ impl Feeds {
         }
     }
 
-    /// Takes out a feed, and returns a subscription that nobody shares any more.
+    /// Takes out a feed, and returns a subscription that is not shared any more.
     pub fn remove(&mut self, sid: u64, mailbox: &Arc<Mailbox>) -> Option<impl Sized + use<>> {
         if let Some(Listeners::Shared(shared)) = self.by_subscription.get_mut(&sid) {
             shared.feeds.retain(|feed| !Arc::ptr_eq(&feed.mailbox, mailbox));

@@ -87,7 +87,7 @@ impl History {
         let shown = sequences_with_holes(&batch.events);
         let batch = match self.was_nothing_dropped_meanwhile(shown, &filter).await? {
             true => batch,
-            // Nobody but mirrors answers.
+            // Only mirrors answer.
             false => Batch { events: vec![], end: End::Broken },
         };
         let Batch { events, end } = self.fill_in(batch, start, &filter).await?;

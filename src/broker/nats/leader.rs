@@ -2,7 +2,7 @@
 //! so that settings that this gateway does not know survive when it mends others.
 //!
 //! A leader that stood still while another was elected answers for a moment as if it still were it. Its word is not
-//! taken: a leader is believed for as long as nobody else can have been elected since its followers heard from it.
+//! taken: a leader is believed for as long as no other can have been elected since its followers heard from it.
 
 use std::{
     sync::{
@@ -32,7 +32,7 @@ use crate::{
 
 /// An answer that takes longer may be of a stream that was made anew meanwhile. (Making one takes longer than this.)
 const SLOW: Duration = Duration::from_millis(50);
-/// While a cluster makes a stream, and while it elects a leader, nobody answers questions about it: they are asked again after this
+/// While a cluster makes a stream, and while it elects a leader, questions about it are not answered: they are asked again after this
 /// time, or after several times what the last answer took.
 const INFO_SILENCE: Duration = Duration::from_secs(1);
 const ROUND_TRIPS: u32 = 4;

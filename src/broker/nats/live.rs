@@ -189,7 +189,7 @@ impl Router {
     fn subscribe(self: &Arc<Router>, filter: &Filter, live_prefix: &str) -> Option<Begun> {
         let mailbox = Arc::new(Mailbox::new(self.room, &self.memory));
         let feed = Feed { filter: filter.clone(), mailbox: mailbox.clone() };
-        // Locked until the feed is known, so that nothing comes for nobody.
+        // Locked until the feed is known, so that no message comes for an unknown one.
         let mut state = self.state();
         let begin = |filter: &Filter| self.client.subscribe(self.client.new_sid(), format!("{live_prefix}{filter}"));
         let (sid, own, confirmed) = match state.feeds.way_for(filter) {

@@ -117,7 +117,7 @@ fn kind(text: Option<&str>) -> Option<EventType> {
 }
 
 /// When a message is gone. A marker, which a server puts in the place of a subject's last message when that is (ADR-43),
-/// tells nobody anything: it is gone when it comes.
+/// is no event: it is gone when it comes.
 fn gone_at(time: Timestamp, headers: &Headers) -> Option<Timestamp> {
     match headers.first(MARKER) {
         Some(_) => Some(time),

@@ -201,7 +201,7 @@ impl Keyed {
     /// What is answered where the stream has this message id already, at this sequence.
     async fn duplicate_of(self, sequence: u64) -> Result<Published, PublishError> {
         let stored = self.leader.get(json!({ "seq": sequence })).await.map_err(|_| PublishError::OutcomeUnknown)?;
-        // Where it is gone, nobody knows what it was, and its message id is remembered all the same.
+        // Where it is gone, its content is unknown, and its message id is remembered all the same.
         if stored.is_some_and(|stored| self.is_first_try(&stored) && !self.is_same(&stored)) {
             return Err(PublishError::KeyReused);
         }

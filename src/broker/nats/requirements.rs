@@ -78,7 +78,7 @@ fn mismatches(config: &Value, settings: &NatsStream, message_bytes: usize) -> Ve
     let wanted = republish(settings);
     let whole = matches!(found["headers_only"], Value::Null | Value::Bool(false));
     let fits = found["src"] == wanted["src"] && found["dest"] == wanted["dest"] && whole;
-    // A stream that republishes elsewhere does so for somebody.
+    // A stream that republishes elsewhere does so for a reason.
     let mend = found.is_null().then(|| wanted.clone());
     must("republish", fits, wanted, mend);
 
