@@ -161,7 +161,9 @@ export class TidegateSource extends EventTarget {
       cache: "no-store",
       signal: this.#turn.signal,
     });
-    if (answer.status !== 200) throw await refusal(answer);
+    // A page of a hotel's network, or of a proxy, is no stream.
+    const isStream = answer.headers.get("Content-Type")?.startsWith("text/event-stream");
+    if (answer.status !== 200 || !isStream) throw await refusal(answer);
     if (!this.#share) this.opened();
     if (method === "GET") await read(answer, () => { this.#heard = Date.now(); }, take);
   }
