@@ -162,6 +162,8 @@ pub struct Limits {
     #[serde(deserialize_with = "positive")]
     pub filters: usize,
     #[serde(deserialize_with = "positive")]
+    pub sieves: usize,
+    #[serde(deserialize_with = "positive")]
     pub event_bytes: usize,
     #[serde(deserialize_with = "positive")]
     pub line_bytes: usize,

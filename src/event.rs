@@ -22,7 +22,7 @@ pub struct Event {
 }
 
 /// The name that a browser listens for (`addEventListener(type, ..)`).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct EventType(Arc<str>);
 
 /// Longest event type, in bytes.

@@ -23,6 +23,7 @@
 //! | [`broker`] | the one trait, and its two implementations | nats, event |
 //! | [`nats`] | a client for NATS connections that carry what other people published | |
 //! | [`wire`] | event -> bytes, as event stream or NDJSON; pure | position, event |
+//! | [`sieve`] | which events of its filters a reader wants, by type | event |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`memory`] | how many bytes the node holds for its clients, and whether that is too much | |
@@ -49,6 +50,7 @@
 //! | witness | the time of an event in a position, by which a gateway recognizes the stream |
 //! | gap | events that a client should get and that can't be delivered |
 //! | snapshot | the last event of every subject |
+//! | sieve | which events of its filters a reader wants; a *sifted feed* is the part of a feed that readers with one sieve want |
 //! | worker | the loop that writes the streams of one processor |
 //! | permit | the right to one more stream, connection or batch, returned when it is dropped |
 //!
@@ -109,5 +111,6 @@ pub mod nats;
 pub mod panics;
 pub mod position;
 pub mod shutdown;
+pub mod sieve;
 pub mod subject;
 pub mod wire;

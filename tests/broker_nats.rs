@@ -515,7 +515,7 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
     let mut cursors = vec![];
     for wanted in ["a", "*", ">"] {
         let start = Start { last_event_id: None, at: StartAt::Now, new: NewFilters::Lowest };
-        cursors.push(hub.subscribe(&[filter(wanted)], start, Format::Raw, Ends::default()).await.unwrap().1);
+        cursors.push(hub.subscribe(&[filter(wanted)], start, Format::Raw, Ends::default(), None).await.unwrap().1);
     }
     let whole = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
 

@@ -19,8 +19,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "http",
         &[
-            "auth", "delivery", "limits", "hub", "broker", "wire", "position", "event", "subject", "memory", "metrics",
-            "config", "fuzz",
+            "auth", "delivery", "limits", "hub", "broker", "wire", "sieve", "position", "event", "subject", "memory",
+            "metrics", "config", "fuzz",
         ],
     ),
     ("auth", &["subject", "metrics", "shutdown", "config", "fuzz"]),
@@ -29,11 +29,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "hub",
         &[
-            "broker", "wire", "position", "event", "subject", "memory", "metrics", "panics", "shutdown", "backoff",
-            "config",
+            "broker", "wire", "sieve", "position", "event", "subject", "memory", "metrics", "panics", "shutdown",
+            "backoff", "config",
         ],
     ),
     ("wire", &["position", "event"]),
+    ("sieve", &["event", "subject"]),
     ("position", &["event", "subject"]),
     ("broker", &["nats", "memory", "position", "event", "subject", "panics", "backoff", "config", "fuzz"]),
     ("nats", &["backoff", "fuzz"]),

@@ -131,6 +131,12 @@ fn stream_parameters() -> Vec<Value> {
             json!({ "enum": ["lowest", "now", "snapshot"] }),
             false,
         ),
+        query(
+            "type",
+            "A type of events, a family such as `order.*`, or nothing for events without one; several times for several.",
+            json!({ "type": "array", "items": text(), "maxItems": crate::sieve::TYPES_MAX }),
+            false,
+        ),
         query("format", "How events are written.", json!({ "enum": ["raw", "json", "ndjson"] }), false),
         query("lastEventId", "As the header `Last-Event-ID`, for clients that can't set headers.", text(), false),
         query("limit", "End after this many events.", json!({ "type": "integer", "minimum": 1 }), false),

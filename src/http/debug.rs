@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     delivery::{Ended, StreamRecord},
+    hub::SiftedSeen,
     subject::Filter,
 };
 
@@ -36,6 +37,9 @@ struct Stream {
     /// The most of its filters.
     behind: Option<u64>,
     filters: Vec<Place>,
+    /// What the client wants of them, as in the query of its request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sieve: Option<String>,
     events: u64,
     bytes: u64,
 }
@@ -56,6 +60,21 @@ struct EndedStream {
     stream: Stream,
 }
 
+/// A part of a feed that some of its readers want.
+#[derive(Serialize)]
+struct SieveOfFeed {
+    sieve: String,
+    readers: usize,
+    events: usize,
+    bytes: usize,
+}
+
+impl SieveOfFeed {
+    fn of(seen: &SiftedSeen) -> SieveOfFeed {
+        SieveOfFeed { sieve: seen.sieve.to_string(), readers: seen.readers, events: seen.events, bytes: seen.bytes }
+    }
+}
+
 #[derive(Serialize)]
 struct Feeds {
     feeds: Vec<Feed>,
@@ -73,6 +92,8 @@ struct Feed {
     bytes: usize,
     /// It is being read for, because something may be missing.
     in_doubt: bool,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    sieves: Vec<SieveOfFeed>,
 }
 
 /// `GET /debug/streams`
@@ -142,7 +163,7 @@ fn describe(app: &App, record: &StreamRecord) -> Stream {
     let place = |(filter, position): (&Filter, u64)| Place {
         filter: filter.to_string(),
         position,
-        behind: app.hub.behind(filter, epoch, position),
+        behind: app.hub.behind(filter, record.progress.sieve.as_ref(), epoch, position),
     };
     let filters: Vec<_> = record.progress.places().map(place).collect();
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
@@ -155,6 +176,7 @@ fn describe(app: &App, record: &StreamRecord) -> Stream {
         last_id: record.progress.position().to_string(),
         behind: filters.iter().filter_map(|place| place.behind).max(),
         filters,
+        sieve: record.progress.sieve.as_ref().map(ToString::to_string),
         events: record.events(),
         bytes: record.bytes(),
     }
@@ -179,6 +201,7 @@ fn list_feeds(app: &App, request: &HttpRequest) -> Result<Feeds, ApiError> {
         events: feed.events,
         bytes: feed.bytes,
         in_doubt: feed.in_doubt,
+        sieves: feed.sifted.iter().map(SieveOfFeed::of).collect(),
     });
     Ok(Feeds { feeds: feeds.collect(), next })
 }

@@ -142,6 +142,8 @@ codes! {
         "`limits.memory` is used up.";
     TooManyStreams = 503 "too_many_streams" "Too many streams"
         "`limits.streams` are open on this node.";
+    TooManySieves = 503 "too_many_sieves" "Too many sieves"
+        "`limits.sieves` different wishes (`type=`) of the readers of one filter are met on this node.";
     TooManyBatches = 503 "too_many_batches" "Too many batches"
         "`limits.batches` are open on this node, or half of `limits.connections`.";
     TooManyConnections = 503 "too_many_connections" "Too many connections"

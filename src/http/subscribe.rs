@@ -31,13 +31,14 @@ use crate::{
     broker::{BrokerError, Health},
     config::parse_duration,
     hub::{Ends, NewFilters, Opening, Start, StartAt, Until},
+    sieve::Sieve,
     subject::{Filter, SubjectError},
     wire::{Format, Framing},
 };
 
 /// The parameters beside the filter in the path.
 pub(super) const OF_ONE: Parameters = Parameters {
-    known: &["from", "new", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    known: &["from", "new", "type", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
         ID,
@@ -48,7 +49,7 @@ pub(super) const OF_ONE: Parameters = Parameters {
     ],
 };
 pub(super) const OF_SEVERAL: Parameters = Parameters {
-    known: &["subject", "from", "new", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    known: &["subject", "from", "new", "type", "format", "lastEventId", "limit", "until", "follow", "wait"],
     advice: &[
         (&["topic", "topics", "channel"], "did you mean \"subject\"?"),
         ID,
@@ -117,6 +118,7 @@ async fn respond(
 /// What a client asks for.
 struct SubscribeRequest {
     filters: Vec<Filter>,
+    sieve: Option<Sieve>,
     start: Start,
     format: Format,
     ends: Ends,
@@ -152,7 +154,15 @@ impl SubscribeRequest {
         // At most once.
         query.one("lastEventId")?;
         let ends = parse_ends(query)?;
-        Ok(SubscribeRequest { filters, start: Start { last_event_id: presented_id(request), at, new }, format, ends })
+        let sieve = Sieve::of_types(query.all("type"));
+        let sieve = sieve.map_err(|error| ApiError::new(Code::InvalidParameter, error.to_string()))?;
+        Ok(SubscribeRequest {
+            filters,
+            sieve,
+            start: Start { last_event_id: presented_id(request), at, new },
+            format,
+            ends,
+        })
     }
 }
 
@@ -180,9 +190,17 @@ async fn open(
     } else {
         let socket_share =
             request.conn_data::<Rc<SharedSocket>>().expect("every connection carries its shared socket").clone();
-        let SubscribeRequest { filters, start, format: _, ends } = wanted;
+        let SubscribeRequest { filters, sieve, start, format: _, ends } = wanted;
+        let sieves_max = app.limits.borrow().sieves;
+        let is_over = |sieve: &Sieve| filters.iter().any(|filter| app.hub.other_sieves(filter, sieve) >= sieves_max);
+        if sieve.as_ref().is_some_and(is_over) {
+            let detail = format!(
+                "readers of one filter have {sieves_max} different wishes (type=) here: a subject says it for fewer"
+            );
+            return Err(ApiError::new(Code::TooManySieves, detail));
+        }
         let (is_back, until) = (start.last_event_id.is_some(), ends.until.clone());
-        let (opening, cursor) = app.hub.subscribe(&filters, start, format, ends).await?;
+        let (opening, cursor) = app.hub.subscribe(&filters, start, format, ends, sieve).await?;
         if let Some(Until::Position(until)) = until
             && !until.epoch.is_named(cursor.epoch())
         {

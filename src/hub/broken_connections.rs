@@ -62,7 +62,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
             {
                 let start = Start { last_event_id: None, at, new: NewFilters::Lowest };
                 let mut cursor = hub
-                    .subscribe(&[Filter::parse(filter).unwrap()], start, Format::Raw, Ends::default())
+                    .subscribe(&[Filter::parse(filter).unwrap()], start, Format::Raw, Ends::default(), None)
                     .await
                     .unwrap()
                     .1;
@@ -91,7 +91,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
             // New feeds, and history, at once.
             let start = Start { last_event_id: None, at: StartAt::First, new: NewFilters::Lowest };
             let filter = Filter::parse(&format!("{connection}.*")).unwrap();
-            hub.subscribe(&[filter], start, Format::Raw, Ends::default()).await.unwrap();
+            hub.subscribe(&[filter], start, Format::Raw, Ends::default(), None).await.unwrap();
             publishing.abort();
             let stored = match publishing.await {
                 Ok(()) => unreachable!("it publishes until it is told"),

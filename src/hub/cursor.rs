@@ -38,6 +38,7 @@ use crate::{
     memory::Held,
     metrics::Counted,
     position::{Position, Witness},
+    sieve::Sieve,
     wire::{Block, Format, Framing, GapReason, OwnId},
 };
 
@@ -47,6 +48,8 @@ pub struct Cursor {
     format: Format,
     /// What was stored earlier is not wanted.
     not_before: Option<Timestamp>,
+    /// What does not pass is not wanted.
+    sieve: Option<Sieve>,
     /// Most clients have one.
     places: SmallVec<[Place; 1]>,
     /// How filters that it has not had before are told from those that it has.
@@ -116,7 +119,7 @@ impl Cursor {
     pub(super) fn new(
         hub: Hub,
         (format, new): (Format, NewFilters),
-        not_before: Option<Timestamp>,
+        (not_before, sieve): (Option<Timestamp>, Option<Sieve>),
         found: StartPoint,
         remaining: Option<Remaining>,
     ) -> Cursor {
@@ -126,7 +129,8 @@ impl Cursor {
             epoch,
             format,
             not_before,
-            places: places.into_iter().collect(),
+            places: sifted(places, sieve.as_ref()),
+            sieve,
             new,
             snapshot: snapshot.map(Box::new),
             turn: 0,
@@ -163,14 +167,14 @@ impl Cursor {
     fn listen(&mut self, listener: &Waker) {
         if self.listener.as_ref().is_none_or(|known| !known.will_wake(listener)) {
             self.listen_no_more();
-            self.places.iter().for_each(|place| place.reader.feed.listen(listener));
+            self.places.iter().for_each(|place| place.reader.listeners().add(listener));
             self.listener = Some(listener.clone());
         }
     }
 
     fn listen_no_more(&mut self) {
         if let Some(listener) = self.listener.take() {
-            self.places.iter().for_each(|place| place.reader.feed.listen_no_more(&listener));
+            self.places.iter().for_each(|place| place.reader.listeners().remove(&listener));
         }
     }
 
@@ -311,7 +315,7 @@ impl Cursor {
     /// Where the client stands, to be looked at from outside while it is kept up by [`Cursor::tell`].
     pub fn progress(&self) -> Progress {
         let places = self.places.iter().map(|place| place.reader.feed.filter.clone());
-        Progress::new(self.epoch, places.zip(self.standpoints(u64::MAX)))
+        Progress::new(self.epoch, places.zip(self.standpoints(u64::MAX)), self.sieve.clone())
     }
 
     /// Says that what was handed over last has been written, up to `sequence`.
@@ -415,7 +419,9 @@ impl Cursor {
         }
         let others = || self.places.iter().enumerate().filter(|(number, _)| !snapshot.places.contains(number));
         // Handed over before, as every event up to the snapshot was that another filter matches.
-        let skips = |event: &Event| others().any(|(_, other)| other.reader.feed.filter.matches(&event.subject));
+        let is_handed_over =
+            |event: &Event| others().any(|(_, other)| other.reader.feed.filter.matches(&event.subject));
+        let skips = |event: &Event| !passes(self.sieve.as_ref(), event) || is_handed_over(event);
         let mut slice = Slice::of(&snapshot.ahead, snapshot.position, encoder, self.hub.0.settings.write_bytes, skips);
         let is_cut = self.remaining.as_mut().is_some_and(|remaining| remaining.cut(&mut slice, snapshot.position));
         snapshot.position = slice.reached;
@@ -454,6 +460,7 @@ impl Cursor {
         let skips = |event: &Event| self.is_too_early(event.time) || self.skips(number, event);
         if !place.ahead.is_empty() {
             let encoder = Encoder { epoch: self.epoch, format: self.format, memory };
+            let skips = |event: &Event| !passes(self.sieve.as_ref(), event) || skips(event);
             let mut slice = Slice::of(place.ahead.events(), place.position, encoder, bytes_max, skips);
             let place = &mut self.places[number];
             place.ahead.advance(slice.reached);
@@ -463,7 +470,7 @@ impl Cursor {
             place.position = slice.reached;
             return Some((slice, false));
         }
-        match place.reader.feed.take(place.position, (self.format, memory), bytes_max, skips) {
+        match place.reader.take(place.position, (self.format, memory), bytes_max, skips) {
             Take::Slice(slice) => {
                 self.places[number].position = slice.reached;
                 // Before it has once been at the end, what it takes was stored before it came.
@@ -549,7 +556,7 @@ impl Cursor {
                         (None, _) => std::mem::replace(&mut remaining.bound, Bound::Open),
                     };
                 }
-                (self.epoch, self.places, self.turn) = (epoch, places.into_iter().collect(), 0);
+                (self.epoch, self.places, self.turn) = (epoch, sifted(places, self.sieve.as_ref()), 0);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
             }
             Fetched::SnapshotPage(page, held) if page.epoch == self.epoch => {
@@ -648,4 +655,17 @@ impl Cursor {
         }
         .boxed()
     }
+}
+
+/// Places whose readers want what passes a sieve, if there is one.
+fn sifted(places: Vec<Place>, sieve: Option<&Sieve>) -> SmallVec<[Place; 1]> {
+    let mut places: SmallVec<[Place; 1]> = places.into_iter().collect();
+    if let Some(sieve) = sieve {
+        places.iter_mut().for_each(|place| place.reader.sift(sieve));
+    }
+    places
+}
+
+fn passes(sieve: Option<&Sieve>, event: &Event) -> bool {
+    sieve.is_none_or(|sieve| sieve.passes(event))
 }

@@ -27,7 +27,6 @@ use std::{
     collections::VecDeque,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
-    task::Waker,
     time::Duration,
 };
 
@@ -38,8 +37,10 @@ use tokio::sync::OnceCell;
 use super::{
     Hub, Proof,
     encoded::Encoder,
+    listeners::Listeners,
     log::{Content, Log, Resync},
     reader_map::Readers,
+    sifted::{Sifted, SiftedSeen},
     slice::Slice,
 };
 use crate::{
@@ -49,6 +50,7 @@ use crate::{
     memory::{Held, Memory, Part, SMALL_BYTES},
     position::Position,
     shutdown::Ending,
+    sieve::Sieve,
     subject::Filter,
     wire::{Format, GapReason},
 };
@@ -71,8 +73,8 @@ pub(super) struct Feed {
     /// Ends with the feed.
     ear: OnceLock<Ending>,
     state: Mutex<State>,
-    /// The wakers of readers, in the order of their addresses.
-    listeners: Mutex<Vec<Waker>>,
+    /// The readers without a sieve.
+    listeners: Listeners,
 }
 
 #[derive(Default)]
@@ -81,6 +83,23 @@ struct State {
     closed: bool,
     /// While the feed is being read for.
     repair: Option<Repair>,
+    sifted: Vec<Weak<Sifted>>,
+}
+
+impl State {
+    /// Hands on what is new to sifted feeds, and forgets the oldest while there is too much.
+    fn hand_on(&mut self, hub: &Hub) {
+        let (limits, metrics) = (&hub.0.settings.feed, &hub.0.metrics);
+        if !self.sifted.is_empty() {
+            self.sifted.retain(|sifted| sifted.strong_count() > 0);
+            self.sifted().for_each(|sifted| sifted.follow(&self.log, limits, metrics));
+        }
+        self.log.evict(limits);
+    }
+
+    fn sifted(&self) -> impl Iterator<Item = Arc<Sifted>> {
+        self.sifted.iter().filter_map(Weak::upgrade)
+    }
 }
 
 /// What has come up since the read under way began.
@@ -116,12 +135,15 @@ pub struct Seen {
     pub bytes: usize,
     /// It is being read for, because something may be missing.
     pub in_doubt: bool,
+    pub sifted: Vec<SiftedSeen>,
 }
 
 /// A reader's hold on a feed: while there is one, the feed is kept.
 pub(super) struct Reader {
     pub(super) feed: Arc<Feed>,
     pub(super) hub: Hub,
+    /// The part of the feed that it wants, if that is not all.
+    sifted: Option<Arc<Sifted>>,
 }
 
 impl AsRef<Readers> for Feed {
@@ -148,6 +170,50 @@ impl Drop for Reader {
 }
 
 impl Reader {
+    pub(super) fn new(feed: Arc<Feed>, hub: Hub) -> Reader {
+        Reader { feed, hub, sifted: None }
+    }
+
+    /// From now on the reader wants what passes a sieve. The feed has started.
+    pub(super) fn sift(&mut self, sieve: &Sieve) {
+        let mut state = self.feed.state();
+        let known = state.sifted().find(|sifted| sifted.sieve == *sieve);
+        self.sifted = Some(known.unwrap_or_else(|| {
+            let log = Log::from(state.log.proven(), state.log.newest(), &self.hub.0.memory);
+            let sifted = Arc::new(Sifted::new(sieve.clone(), log));
+            if state.closed {
+                sifted.close();
+            }
+            state.sifted.push(Arc::downgrade(&sifted));
+            sifted
+        }));
+    }
+
+    /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
+    pub(super) fn take(
+        &self,
+        position: u64,
+        (format, memory): (Format, &Memory),
+        bytes_max: usize,
+        skips: impl Fn(&Event) -> bool,
+    ) -> Take {
+        let encoder = Encoder { epoch: self.feed.epoch(), format, memory };
+        match &self.sifted {
+            Some(sifted) => sifted.take(position, encoder, bytes_max, skips),
+            None => self.feed.take(position, encoder, bytes_max, skips),
+        }
+    }
+
+    /// How far a reader at `position` may say that it is: up to what is proven, if nothing that it wants lies in between.
+    pub(super) fn settled(&self, position: u64) -> u64 {
+        self.sifted.as_ref().map_or_else(|| self.feed.settled(position), |sifted| sifted.settled(position))
+    }
+
+    /// The wakers of the readers that want the same.
+    pub(super) fn listeners(&self) -> &Listeners {
+        self.sifted.as_ref().map_or(&self.feed.listeners, |sifted| &sifted.listeners)
+    }
+
     /// Starts the feed unless it has been.
     pub(super) async fn started(&self) -> Result<Epoch, BrokerError> {
         let mut begun = None;
@@ -204,7 +270,7 @@ impl Feed {
             epoch: OnceCell::new(),
             ear: OnceLock::new(),
             state: Mutex::default(),
-            listeners: Mutex::default(),
+            listeners: Listeners::default(),
         }
     }
 
@@ -216,36 +282,16 @@ impl Feed {
         *self.epoch.get().expect("a feed is read only once it has started")
     }
 
-    /// Wakes `listener` whenever the feed moves from now on, as often as it was said.
-    pub(super) fn listen(&self, listener: &Waker) {
-        let mut listeners = self.listeners();
-        if listeners.is_empty() {
-            // Most feeds have one.
-            listeners.reserve_exact(1);
-        }
-        let at = listeners.partition_point(|known| known.data() < listener.data());
-        listeners.insert(at, listener.clone());
-    }
-
-    pub(super) fn listen_no_more(&self, listener: &Waker) {
-        let mut listeners = self.listeners();
-        let at = listeners.partition_point(|known| known.data() < listener.data());
-        if listeners.get(at).is_some_and(|known| known.data() == listener.data()) {
-            listeners.remove(at);
-        }
-    }
-
-    fn listeners(&self) -> MutexGuard<'_, Vec<Waker>> {
-        self.listeners.lock().expect("no panic happens while listeners are held")
-    }
-
-    fn wake_readers(&self) {
-        self.listeners().iter().for_each(Waker::wake_by_ref);
-    }
-
     /// Gives most of the memory of its log back.
     pub(super) fn shrink(&self) {
-        self.state().log.shrink();
+        let mut state = self.state();
+        state.log.shrink();
+        state.sifted().for_each(|sifted| sifted.shrink());
+    }
+
+    /// How many other sieves its readers have.
+    pub(super) fn other_sieves(&self, sieve: &Sieve) -> usize {
+        self.state().sifted().filter(|sifted| sifted.sieve != *sieve).count()
     }
 
     pub(super) fn proven(&self) -> u64 {
@@ -276,8 +322,12 @@ impl Feed {
 
     /// Closes the feed: its readers resume with another feed, and its tasks stop reading.
     pub(super) fn close(&self) {
-        self.state().closed = true;
-        self.wake_readers();
+        let mut state = self.state();
+        state.closed = true;
+        let sifted: Vec<_> = state.sifted().collect();
+        drop(state);
+        self.listeners.wake();
+        sifted.iter().for_each(|sifted| sifted.close());
     }
 
     /// Forgets events before `first`, which are gone, whether they are in the log or wait to be considered.
@@ -289,8 +339,10 @@ impl Feed {
         {
             *repair = Repair { resync: Some(Resync::new("overflow")), until: repair.until, ..Repair::default() };
         }
+        let sifted: Vec<_> = state.sifted().collect();
         drop(state);
-        self.wake_readers();
+        self.listeners.wake();
+        sifted.iter().for_each(|sifted| sifted.forget_before(first));
     }
 
     /// Holds what is known of the stream against the feed: the filter's last event that was kept is `last`.
@@ -305,6 +357,7 @@ impl Feed {
         let is_same_stream = self.epoch() == known.epoch;
         if is_same_stream && last > 0 && last <= log.proven() {
             log.prove(known.as_of);
+            state.hand_on(hub);
             return;
         }
         let behind = known.as_of.saturating_sub(log.proven());
@@ -316,37 +369,24 @@ impl Feed {
         }
     }
 
-    /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
-    pub(super) fn take(
-        &self,
-        position: u64,
-        (format, memory): (Format, &Memory),
-        bytes_max: usize,
-        skips: impl Fn(&Event) -> bool,
-    ) -> Take {
+    fn take(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Take {
         let state = self.state();
-        if state.closed {
-            return Take::Closed;
-        }
-        if state.log.has_forgotten(position) {
-            return Take::Behind;
-        }
-        let encoder = Encoder { epoch: self.epoch(), format, memory };
-        let slice = state.log.read(position, encoder, bytes_max, skips);
-        if slice.reached == position { Take::Nothing } else { Take::Slice(slice) }
+        if state.closed { Take::Closed } else { state.log.take(position, encoder, bytes_max, skips) }
     }
 
     /// How far a reader at `position` may say that it is: up to what is proven, if nothing lies in between.
-    pub(super) fn settled(&self, position: u64) -> u64 {
+    fn settled(&self, position: u64) -> u64 {
         let state = self.state();
         let at_rest = !state.closed && state.log.ends_at(position);
         if at_rest { state.log.proven().max(position) } else { position }
     }
 
     /// See [`Hub::behind`].
-    pub(super) fn behind(&self, epoch: Epoch, position: u64) -> Option<u64> {
+    pub(super) fn behind(&self, sieve: Option<&Sieve>, epoch: Epoch, position: u64) -> Option<u64> {
         self.epoch.get().filter(|own| own.is_named(epoch))?;
-        Some(self.proven().saturating_sub(self.settled(position)))
+        let sifted = sieve.and_then(|sieve| self.state().sifted().find(|sifted| sifted.sieve == *sieve));
+        let settled = sifted.map_or_else(|| self.settled(position), |sifted| sifted.settled(position));
+        Some(self.proven().saturating_sub(settled))
     }
 
     pub(super) fn seen(&self) -> Seen {
@@ -359,6 +399,8 @@ impl Feed {
             events: state.log.len(),
             bytes: state.log.bytes(),
             in_doubt: state.repair.is_some(),
+            // One for this function.
+            sifted: state.sifted().map(|sifted| sifted.seen(Arc::strong_count(&sifted) - 1)).collect(),
         }
     }
 
@@ -405,12 +447,12 @@ impl Feed {
         }
         let moved = state.log.proven() > before;
         if moved {
-            state.log.evict(&hub.0.settings.feed);
+            state.hand_on(hub);
         }
         drop(state);
         hub.0.metrics.events_received.inc_by(heard);
         if moved {
-            self.wake_readers();
+            self.listeners.wake();
         }
         if let Some(resync) = resync {
             self.begin_repair(hub, resync);
@@ -510,9 +552,12 @@ impl Feed {
             }
         }
         log.prove(page.proven);
-        log.evict(&hub.0.settings.feed);
+        state.hand_on(hub);
+        let sifted: Vec<_> = state.sifted().collect();
         drop(state);
-        self.wake_readers();
+        self.listeners.wake();
+        // Some wait for what was read, even if nothing passes.
+        sifted.iter().for_each(|sifted| sifted.listeners.wake());
     }
 
     /// Considers what came up during a repair, and says whether another one is due.
@@ -533,10 +578,10 @@ impl Feed {
             state.repair = Some(repair);
         }
         let moved = state.log.proven() > before;
-        state.log.evict(&hub.0.settings.feed);
+        state.hand_on(hub);
         drop(state);
         if moved {
-            self.wake_readers();
+            self.listeners.wake();
         }
         resync
     }

@@ -2,13 +2,14 @@
 //!
 //! Invariant: the log holds every event of its filter in `(base, proven]`, and nothing past `proven`.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use jiff::Timestamp;
 
 use super::{
     Proof,
     encoded::{EncodedEvent, Encoder},
+    feed::Take,
     slice::{Item, Slice},
 };
 use crate::{
@@ -24,8 +25,8 @@ const ENTRY_OVERHEAD_BYTES: usize = 300;
 
 #[derive(Default)]
 pub(super) struct Log {
-    /// Boxed: most feeds hold few, or none, and a queue keeps room for several.
-    entries: VecDeque<Box<Entry>>,
+    /// Shared with sifted feeds. (And boxed: most feeds hold few, or none, and a queue keeps room for several.)
+    entries: VecDeque<Arc<Entry>>,
     bytes: usize,
     /// What the entries take as they came: half of `bytes`. `None` before the feed has started.
     held: Option<Held>,
@@ -132,7 +133,7 @@ impl Log {
         if let Content::Event(encoded) = &content {
             self.newest = self.newest.max(Some(encoded.event.time));
         }
-        self.entries.push_back(Box::new(Entry { sequence, bytes, content }));
+        self.entries.push_back(Arc::new(Entry { sequence, bytes, content }));
         self.proven = sequence;
         self.count();
     }
@@ -178,8 +179,36 @@ impl Log {
         }
     }
 
+    /// Takes over what another log has beyond this one's end, but for events that do not pass. Returns how many events passed, of how
+    /// many.
+    pub fn take_over(&mut self, other: &Log, passes: impl Fn(&Event) -> bool) -> (u64, u64) {
+        let (mut passed, mut seen) = (0, 0);
+        for entry in other.entries.range(other.after(self.proven)..) {
+            let event = entry.event();
+            seen += u64::from(event.is_some());
+            if event.is_none_or(&passes) {
+                passed += u64::from(event.is_some());
+                self.bytes += entry.bytes;
+                self.entries.push_back(entry.clone());
+            }
+        }
+        self.proven = self.proven.max(other.proven);
+        self.newest = self.newest.max(other.newest);
+        self.count();
+        (passed, seen)
+    }
+
+    /// What a reader finds at its position.
+    pub fn take(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Take {
+        if self.has_forgotten(position) {
+            return Take::Behind;
+        }
+        let slice = self.read(position, encoder, bytes_max, skips);
+        if slice.reached == position { Take::Nothing } else { Take::Slice(slice) }
+    }
+
     /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
-    pub fn read(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Slice {
+    fn read(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Slice {
         let entries = self.entries.range(self.after(position)..).map(|entry| &**entry);
         Slice::of(entries, position, encoder, bytes_max, skips)
     }

@@ -13,6 +13,7 @@ mod ends;
 mod feed;
 #[cfg(test)]
 mod joining;
+mod listeners;
 mod log;
 #[cfg(test)]
 mod model;
@@ -21,6 +22,9 @@ mod place;
 mod progress;
 mod reader_map;
 mod resume;
+mod sifted;
+#[cfg(test)]
+mod sifting;
 mod slice;
 #[cfg(test)]
 mod tests;
@@ -43,6 +47,7 @@ pub use self::{
     feed::Seen as FeedSeen,
     progress::Progress,
     resume::{NewFilters, Opening, Start, StartAt},
+    sifted::SiftedSeen,
 };
 use self::{
     feed::{Feed, Reader},
@@ -60,6 +65,7 @@ use crate::{
     metrics::Metrics,
     panics,
     shutdown::Tasks,
+    sieve::Sieve,
     subject::Filter,
     wire::Format,
 };
@@ -161,6 +167,7 @@ impl Hub {
         start: Start,
         format: Format,
         ends: Ends,
+        sieve: Option<Sieve>,
     ) -> Result<(Opening, Cursor), BrokerError> {
         let resumes = start.last_event_id.is_some();
         // An EventSource that comes back with an id repeats its URL: what it asked for holds.
@@ -179,7 +186,7 @@ impl Hub {
         let is_whole = |snapshot: &Snapshot| snapshot.places.len() == found.places.len();
         let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.as_ref().is_some_and(is_whole));
         let remaining = resume::remaining(self, &found, ends).await?;
-        let cursor = Cursor::new(self.clone(), (format, new), not_before, found, remaining);
+        let cursor = Cursor::new(self.clone(), (format, new), (not_before, sieve), found, remaining);
         let opening = match gap {
             Some((requested, reason)) => Opening::Gap(self.gap(&requested, &cursor.position(), reason)),
             None if is_snapshot => Opening::Snapshot,
@@ -201,7 +208,7 @@ impl Hub {
             self.0.metrics.feeds.inc();
             Feed::new(filter.clone())
         });
-        Reader { feed, hub: self.clone() }
+        Reader::new(feed, self.clone())
     }
 
     /// Forgets `feed` if `unless` does not say otherwise while no reader can come or go.
@@ -215,8 +222,13 @@ impl Hub {
 
     /// How many sequences a reader at `position` is behind what is proven; 0 if nothing that it reads lies in between.
     /// `None` if the feed of its filter is gone, or is of another stream.
-    pub fn behind(&self, filter: &Filter, epoch: Epoch, position: u64) -> Option<u64> {
-        self.0.feeds.get(filter)?.behind(epoch, position)
+    pub fn behind(&self, filter: &Filter, sieve: Option<&Sieve>, epoch: Epoch, position: u64) -> Option<u64> {
+        self.0.feeds.get(filter)?.behind(sieve, epoch, position)
+    }
+
+    /// How many other sieves the readers of a filter have.
+    pub fn other_sieves(&self, filter: &Filter, sieve: &Sieve) -> usize {
+        self.0.feeds.get(filter).map_or(0, |feed| feed.other_sieves(sieve))
     }
 
     /// The feeds of the filters after this text: the first so many, by name.

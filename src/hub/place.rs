@@ -58,7 +58,7 @@ impl Place {
 
     /// How far its reader may say that it is.
     pub fn settled(&self) -> u64 {
-        if self.ahead.is_empty() { self.reader.feed.settled(self.position) } else { self.position }
+        if self.ahead.is_empty() { self.reader.settled(self.position) } else { self.position }
     }
 }
 

@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 use crate::{
     event::Epoch,
     position::{Position, Tag},
+    sieve::Sieve,
     subject::Filter,
 };
 
@@ -18,12 +19,13 @@ pub struct Progress {
     epoch: AtomicU32,
     /// Most clients have one.
     places: SmallVec<[(Filter, AtomicU64); 1]>,
+    pub sieve: Option<Sieve>,
 }
 
 impl Progress {
-    pub(super) fn new(epoch: Epoch, places: impl Iterator<Item = (Filter, u64)>) -> Progress {
+    pub(super) fn new(epoch: Epoch, places: impl Iterator<Item = (Filter, u64)>, sieve: Option<Sieve>) -> Progress {
         let places = places.map(|(filter, at)| (filter, at.into())).collect();
-        Progress { epoch: epoch.number().into(), places }
+        Progress { epoch: epoch.number().into(), places, sieve }
     }
 
     pub(super) fn set(&self, epoch: Epoch, places: impl Iterator<Item = u64>) {

@@ -65,7 +65,8 @@ impl Client {
         let filters = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
         let mut client = Client { filters, ..Client::default() };
         let start = Start { last_event_id: None, at: at.clone(), new: NewFilters::Lowest };
-        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw, Ends::default()).await else {
+        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw, Ends::default(), None).await
+        else {
             return client;
         };
         client.cursor = Some(cursor);
@@ -144,7 +145,7 @@ impl Client {
     pub async fn come_back(&mut self, hub: &Hub, streams: &Streams) {
         let (None, Some(position)) = (&self.cursor, self.position.clone()) else { return };
         let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
-        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw, Ends::default()).await {
+        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw, Ends::default(), None).await {
             self.cursor = Some(cursor);
             if let Opening::Position(told) = &opening {
                 let stands =
