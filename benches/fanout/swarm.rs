@@ -56,6 +56,8 @@ struct Join {
     count: usize,
     subjects: usize,
     reads: bool,
+    /// "?" and what is asked for beside the subject, or nothing.
+    query: String,
     last_event_id: Option<String>,
 }
 
@@ -94,7 +96,8 @@ pub fn run() -> io::Result<()> {
                 count: number(2),
                 subjects: number(3),
                 reads: words[4] == "read",
-                last_event_id: words.get(5).map(|id| id.to_string()),
+                query: words[5].trim_start_matches('-').to_owned(),
+                last_event_id: words.get(6).map(|id| id.to_string()),
             })?,
             "await" => swarm.wait(number(1) as u32, Duration::from_secs(number(2) as u64))?,
             "read" => {
@@ -164,7 +167,8 @@ impl Swarm {
         socket.bind(&source.into())?;
         socket.connect(&join.address.into())?;
         socket.set_nonblocking(true)?;
-        let mut request = format!("GET /events/f{} HTTP/1.1\r\nHost: localhost\r\n", number % join.subjects);
+        let subject = number % join.subjects;
+        let mut request = format!("GET /events/f{subject}{} HTTP/1.1\r\nHost: localhost\r\n", join.query);
         request.push_str("Accept: text/event-stream\r\n");
         if let Some(id) = &join.last_event_id {
             write!(request, "Last-Event-ID: {id}\r\n").expect("strings take all");

@@ -110,6 +110,16 @@ impl Target {
         }
     }
 
+    /// Publishes an event of a type, in which its number is not looked at.
+    pub fn publish_typed(&mut self, kind: &str, payload_bytes: usize) {
+        let payload = wire::payload(0, payload_bytes);
+        if let Entry::Batch { socket, sent, .. } = self.entry() {
+            let line = format!("{{\"subject\":\"f0\",\"type\":\"{kind}\",\"data\":\"{payload}\"}}\n");
+            write!(socket, "{:x}\r\n{line}\r\n", line.len()).expect("the gateway listens");
+            *sent += 1;
+        }
+    }
+
     pub fn flush(&mut self) {
         match self.entry() {
             Entry::Floor(socket) | Entry::Batch { socket, .. } => socket.flush().expect("the server listens"),
@@ -190,9 +200,20 @@ pub struct Got {
 impl Clients {
     /// Opens streams of `subjects` in turn and waits until all are open.
     pub fn join(target: &Target, count: usize, subjects: usize, reads: bool, last_event_id: Option<&str>) -> Clients {
+        Clients::join_with(target, (count, subjects), reads, "-", last_event_id)
+    }
+
+    /// The same, with a query ("-" for none).
+    pub fn join_with(
+        target: &Target,
+        (count, subjects): (usize, usize),
+        reads: bool,
+        query: &str,
+        last_event_id: Option<&str>,
+    ) -> Clients {
         let mut process = Process::start_self(LOAD_CORE, &["swarm"]);
         let reads = if reads { "read" } else { "stall" };
-        let mut order = format!("join {} {count} {subjects} {reads}", target.address);
+        let mut order = format!("join {} {count} {subjects} {reads} {query}", target.address);
         order.extend(last_event_id.map(|id| format!(" {id}")));
         let answer = process.ask(&order);
         let joined = Duration::from_micros(answer[1].parse().expect("microseconds"));

@@ -11,13 +11,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
     time::Instant,
 };
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use jiff::{SignedDuration, Timestamp};
+use parking_lot::{Mutex, MutexGuard};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
@@ -41,8 +42,6 @@ const STEP_EVENTS: usize = 256;
 const HINTS_MAX: usize = 1024;
 /// What an event takes beside its payload and subject: the maps' entries and their slack.
 const EVENT_OVERHEAD_BYTES: usize = 200;
-
-const UNPOISONED: &str = "no panic happens while the log is held";
 
 pub struct Embedded {
     /// Hints that wait are part of it.
@@ -105,7 +104,7 @@ struct Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        let mut log = self.log.lock().expect(UNPOISONED);
+        let mut log = self.log.lock();
         match self.filter.exact() {
             None => log.wild.retain(|(_, listener)| listener.number != self.number),
             Some(subject) => {
@@ -134,7 +133,7 @@ impl Embedded {
     /// The log, rid of what has expired by now.
     fn log(&self) -> MutexGuard<'_, Log> {
         loop {
-            let mut log = self.log.lock().expect(UNPOISONED);
+            let mut log = self.log.lock();
             let removed = log.trim(Instant::now(), Timestamp::now(), &self.limits);
             if removed.is_empty() {
                 return log;
@@ -144,15 +143,20 @@ impl Embedded {
         }
     }
 
+    /// A step of a read. A publisher that waits is next: the read would else have the log again before the publisher is awake.
+    fn look<T>(&self, step: impl FnOnce(&Log) -> T) -> T {
+        let log = self.log();
+        let found = step(&log);
+        MutexGuard::unlock_fair(log);
+        found
+    }
+
     /// The sequence before the last `count` events that `filter` matches.
     async fn before_last(&self, filter: &Filter, count: u64) -> u64 {
         let exact = filter.exact();
         let (mut before, mut left) = (u64::MAX, count);
         while left > 0 {
-            let (step, first) = {
-                let log = self.log();
-                (log.step_back(exact.as_ref(), before), log.first)
-            };
+            let (step, first) = self.look(|log| (log.step_back(exact.as_ref(), before), log.first));
             for event in &step.events {
                 left -= u64::from(exact.is_some() || filter.matches(&event.subject));
                 if left == 0 {
@@ -244,10 +248,8 @@ impl Broker for Embedded {
         let exact = read.filter.exact();
         let mut scan = Scan::after(start);
         loop {
-            let (step, first, last) = {
-                let log = self.log();
-                (log.step(exact.as_ref(), scan.reached, |_| true), log.first, log.last)
-            };
+            let (step, first, last) =
+                self.look(|log| (log.step(exact.as_ref(), scan.reached, |_| true), log.first, log.last));
             let is_last = step.is_last;
             let is_full = scan.take(&self.page, step, |event| exact.is_some() || read.filter.matches(&event.subject));
             if is_full || is_last {
@@ -262,10 +264,8 @@ impl Broker for Embedded {
         let as_of = read.as_of.unwrap_or_else(|| self.log().last);
         let mut scan = Scan::after(read.after);
         loop {
-            let step = {
-                let log = self.log();
-                log.step(None, scan.reached, |event| event.sequence <= as_of && log.is_last_as_of(as_of, event))
-            };
+            let is_wanted = |log: &Log, event: &Event| event.sequence <= as_of && log.is_last_as_of(as_of, event);
+            let step = self.look(|log| log.step(None, scan.reached, |event| is_wanted(log, event)));
             let is_last = step.is_last || step.reached >= as_of;
             let wanted = |event: &Event| read.filters.iter().any(|filter| filter.matches(&event.subject));
             let is_full = scan.take(&self.page, step, wanted);
@@ -559,7 +559,7 @@ mod tests {
         let broker = broker();
         (0..1_000).for_each(|_| store(&broker, "a"));
         let tomorrow = Timestamp::now() + SignedDuration::from_hours(25);
-        let mut log = broker.log.lock().unwrap();
+        let mut log = broker.log.lock();
         let mut removed = 0;
         loop {
             let now = log.trim(Instant::now(), tomorrow, &broker.limits).len();
