@@ -112,7 +112,7 @@ fn a_source_waits_for_room_and_leaves_a_dead_connection() {
     let seen = drive("patience", &gateway, &json!({}));
     assert_eq!(seen["refused"], json!([503, "too_many_streams", true]));
     assert_eq!(seen["isAnother"], true);
-    assert_eq!(texts(&seen["got"]), ["1", "2", "3"]);
+    assert_eq!(texts(&seen["got"]), ["1", "2", "3", "4\u{2028}: \u{2029}x"]);
 }
 
 #[test]

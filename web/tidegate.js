@@ -41,10 +41,10 @@ async function read(answer, heard, take) {
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      const [, field, text] = /^([^:\r]*):? ?(.*?)\r?$/.exec(line);
+      const [, field, text] = /^([^:\r]*):? ?(.*?)\r?$/s.exec(line);
       if (field === "data") data.push(text);
       else if (field) event[field] = text;
-      else if (line.length < 2) {
+      else if (line === "" || line === "\r") {
         if (data.length || event.id) take({ ...event, data: data.join("\n") });
         [event, data] = [{}, []];
       }
