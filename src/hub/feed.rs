@@ -177,6 +177,8 @@ impl Reader {
     /// From now on the reader wants what passes a sieve. The feed has started.
     pub(super) fn sift(&mut self, sieve: &Sieve) {
         let mut state = self.feed.state();
+        // A feed may be quiet for long, while readers come and go.
+        state.sifted.retain(|sifted| sifted.strong_count() > 0);
         let known = state.sifted().find(|sifted| sifted.sieve == *sieve);
         self.sifted = Some(known.unwrap_or_else(|| {
             let log = Log::from(state.log.proven(), state.log.newest(), &self.hub.0.memory);
