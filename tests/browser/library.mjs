@@ -28,6 +28,7 @@ async function open(url, { context, ...options } = {}) {
 }
 const picture = (page, name) => (screenshots ? page.screenshot({ path: `${screenshots}/${name}.png` }) : null);
 const publish = (subject, body, query = "") => fetch(`${gateway}/events/${subject}${query}`, { method: "POST", body, headers: given.headers });
+// The call is a function: a string would be evaluated again at every look, which the pages' policy refuses.
 const isTrue = (page, call, argument) => page.waitForFunction(call, argument);
 const shows = (page, text) => isTrue(page, (text) => document.querySelector("#status").textContent.includes(text), text);
 
@@ -145,8 +146,8 @@ const scenarios = {
       return stored;
     })));
     seen.moves = moves[0] + moves[1];
-    const counts = () => [...demo.board.values.values()].map(({ count = 0 }) => count).reduce((a, b) => a + b);
-    for (const page of pages) await page.waitForFunction(`(${counts})() === ${seen.moves}`);
+    const isCounted = (moves) => [...demo.board.values.values()].map(({ count = 0 }) => count).reduce((a, b) => a + b) === moves;
+    for (const page of pages) await isTrue(page, isCounted, seen.moves);
     await picture(pages[0], "board");
     await pages[0].setViewportSize({ width: 400, height: 800 });
     seen.overflow = await pages[0].evaluate(() => document.documentElement.scrollWidth - innerWidth);
