@@ -116,10 +116,11 @@ const scenarios = {
   async board() {
     const pages = [await open(`${gateway}/demos/board`), await open(`${gateway}/demos/board`)];
     await Promise.all(pages.map((page) => shows(page, "live")));
-    for (const [number, page] of pages.entries()) {
-      await page.fill("#board-harbour input", `card ${number}`);
-      await page.click("#board-harbour form button");
-    }
+    // What is being typed stays while the other's card comes.
+    for (const [number, page] of pages.entries()) await page.fill("#board-harbour input", `card ${number}`);
+    await pages[0].click("#board-harbour form button");
+    await isTrue(pages[1], () => document.querySelectorAll("#board-harbour .card").length === 1);
+    await pages[1].click("#board-harbour form button");
     for (const page of pages) await isTrue(page, () => document.querySelectorAll("#board-harbour .card").length === 2);
     // Another document joins: its state comes, and what changes in the first meanwhile.
     await publish("board.lighthouse.lamp", JSON.stringify({ text: "mend the lamp", column: 0 }));
