@@ -122,6 +122,14 @@ const scenarios = {
     await isTrue(pages[1], () => document.querySelectorAll("#board-harbour .card").length === 1);
     await pages[1].click("#board-harbour form button");
     for (const page of pages) await isTrue(page, () => document.querySelectorAll("#board-harbour .card").length === 2);
+    // What could not be stored is not lost.
+    await pages[0].route("**/events/board.*", (route) => route.abort());
+    await pages[0].fill("#board-harbour input", "kept");
+    await pages[0].click("#board-harbour form button");
+    await shows(pages[0], "not stored");
+    await isTrue(pages[0], () => document.querySelector("#board-harbour input").value === "kept");
+    await pages[0].fill("#board-harbour input", "");
+    await pages[0].unroute("**/events/board.*");
     // Another document joins: its state comes, and what changes in the first meanwhile.
     await publish("board.lighthouse.lamp", JSON.stringify({ text: "mend the lamp", column: 0 }));
     await publish("board.lighthouse.lamp", JSON.stringify({ column: 2 }), "?type=merge-patch");
