@@ -23,7 +23,8 @@
 //! | [`broker`] | the one trait, and its two implementations | nats, event |
 //! | [`nats`] | a client for NATS connections that carry what other people published | |
 //! | [`wire`] | event -> bytes, as event stream or NDJSON; pure | position, event |
-//! | [`sieve`] | which events of its filters a reader wants, by type | event |
+//! | [`sieve`] | which events of its filters a reader wants, by type and content | event |
+//! | [`pace`] | how fast a stream or a batch is to go | |
 //! | [`position`] | where a client stands, for each of its filters | event |
 //! | [`event`], [`subject`] | the words that everything speaks | |
 //! | [`memory`] | how many bytes the node holds for its clients, and whether that is too much | |
@@ -50,7 +51,8 @@
 //! | witness | the time of an event in a position, by which a gateway recognizes the stream |
 //! | gap | events that a client should get and that can't be delivered |
 //! | snapshot | the last event of every subject |
-//! | sieve | which events of its filters a reader wants; a *sifted feed* is the part of a feed that readers with one sieve want |
+//! | sieve | which events of its filters a reader wants, by type (`type=`) and content (`where=`) |
+//! | selection | a sieve, an interval (`every=`), or both; a *derived feed* is the part of a feed that readers with one selection want |
 //! | worker | the loop that writes the streams of one processor |
 //! | permit | the right to one more stream, connection or batch, returned when it is dropped |
 //!
@@ -108,6 +110,7 @@ pub mod log;
 pub mod memory;
 pub mod metrics;
 pub mod nats;
+pub mod pace;
 pub mod panics;
 pub mod position;
 pub mod shutdown;

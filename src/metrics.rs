@@ -59,8 +59,10 @@ metrics! {
     streams_behind: IntGauge("tidegate_streams_behind", "Streams that are served from history now.");
     streams_opened: IntCounterVec("tidegate_streams_opened_total", "Streams that were opened, by `start`: `new`, `resumed` (with a `Last-Event-ID`), `gap` (told at once that history is missing).", ["start": "new", "resumed", "gap"]);
     streams_ended: IntCounterVec("tidegate_streams_ended_total", "Streams that have ended, by `reason`: `client-closed`, `client-gone` (acknowledged nothing for two heartbeats), `stalled` (took nothing for `limits.stall`), `memory` (slow to take a large event while the node was short of memory), `write-failed`, `drained`, `cut` (drained while the client did not read), `aged` (lived for `sse.max_life`), `token-expired`, `caught-up`, `until` and `limit` (the end that the client asked for), `failed` (a defect).", ["reason": "client-closed", "client-gone", "stalled", "memory", "write-failed", "drained", "cut", "aged", "token-expired", "caught-up", "until", "limit", "failed"]);
-    sieve_events: IntCounterVec("tidegate_sieve_events_total", "Live events that sieves (`type=`) were asked for, once for each sieve of a filter, by `result`: `passed`, `sifted`.", ["result": "passed", "sifted"]);
+    sieve_events: IntCounterVec("tidegate_sieve_events_total", "Events that sieves (`type=`, `where=`) were asked of, once for each sieve of a filter, however many readers have it, by `result`: `passed`, `sifted`.", ["result": "passed", "sifted"]);
+    sieve_seconds: Counter("tidegate_sieve_seconds_total", "How long sieves took to be asked, with the reading of payloads that this needs.");
     feeds: IntGauge("tidegate_feeds", "Feeds (distinct filters) that are kept now.");
+    feeds_derived: IntGauge("tidegate_feeds_derived", "Derived feeds that are kept now: what readers of one filter select by `type=`, `where=` and `every=`, once for all who select the same.");
     events_received: IntCounter("tidegate_events_received_total", "Events that came from the broker, counted for each feed.");
     events_delivered: IntCounter("tidegate_events_delivered_total", "Events written to clients, counted for each client.");
     bytes_delivered: IntCounter("tidegate_bytes_delivered_total", "Bytes written to streams.");
@@ -131,6 +133,15 @@ pub struct Now {
 }
 
 impl Metrics {
+    /// Counts what sieves were asked, and how long that took.
+    pub fn count_sifting(&self, passed: u64, sifted: u64, took: Duration) {
+        if passed + sifted > 0 {
+            self.sieve_events.with_label_values(&["passed"]).inc_by(passed);
+            self.sieve_events.with_label_values(&["sifted"]).inc_by(sifted);
+            self.sieve_seconds.inc_by(took.as_secs_f64());
+        }
+    }
+
     /// The text format of Prometheus.
     pub fn encode(&self, now: Now) -> Vec<u8> {
         self.streams_limit.set(i64::try_from(now.streams_limit).unwrap_or(i64::MAX));

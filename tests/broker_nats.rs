@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tidegate::{
     broker::{Broker, Condition, Health, Hint, Publication, Publish, PublishError, Read, ReadFrom, nats::Nats},
     config::{self, History},
-    hub::{self, Ends, Hub, NewFilters, Start, StartAt},
+    hub::{self, Hub, NewFilters, Start, StartAt, Wish},
     memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
@@ -367,6 +367,30 @@ async fn what_limits_removed_shows_in_first() {
 }
 
 #[tokio::test]
+async fn a_stream_says_how_much_more_it_takes_before_it_drops_most_of_what_it_keeps() {
+    let server = NatsServer::start();
+    let broker = connect(&server.settings()).await;
+    let operator = Operator::new(&server).await;
+    operator.update(json!({ "max_bytes": -1 })).await;
+    for _ in 0..10 {
+        broker.publish(on("a")).await.unwrap().await.unwrap();
+    }
+    let without_limits = broker.stock().await.unwrap();
+    assert_eq!((without_limits.events, without_limits.events_max, without_limits.bytes_max), (10, None, None));
+    assert!(without_limits.bytes > 0 && without_limits.has_room_for(u64::MAX, u64::MAX));
+
+    operator.update(json!({ "max_msgs": 100, "max_bytes": 1_000_000 })).await;
+    let stock = broker.stock().await.unwrap();
+    assert_eq!((stock.events_max, stock.bytes_max), (Some(100), Some(1_000_000)));
+    assert!(stock.has_room_for(98, 1_000) && !stock.has_room_for(99, 1_000) && !stock.has_room_for(1, 1_000_000));
+    assert_eq!(stock.bytes_of(20), 2 * stock.bytes);
+
+    // It refuses what is too much, and drops nothing.
+    operator.update(json!({ "discard": "new" })).await;
+    assert!(broker.stock().await.unwrap().has_room_for(1_000, 1 << 40));
+}
+
+#[tokio::test]
 async fn a_purged_stream_begins_after_its_last() {
     let server = NatsServer::start();
     let broker = connect(&server.settings()).await;
@@ -515,7 +539,7 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
     let mut cursors = vec![];
     for wanted in ["a", "*", ">"] {
         let start = Start { last_event_id: None, at: StartAt::Now, new: NewFilters::Lowest };
-        cursors.push(hub.subscribe(&[filter(wanted)], start, Format::Raw, Ends::default(), None).await.unwrap().1);
+        cursors.push(hub.subscribe(&[filter(wanted)], start, Wish::all(Format::Raw)).await.unwrap().1);
     }
     let whole = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
 

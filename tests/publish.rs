@@ -41,6 +41,7 @@ on_every_broker!(
     a_batch_that_breaks_off_leaves_its_whole_lines,
     a_sender_that_reads_no_answers_is_not_read_from,
     a_drain_answers_the_lines_that_were_read,
+    a_batch_is_read_at_its_pace,
 );
 
 /// Publishes `payload` with these headers.
@@ -611,6 +612,47 @@ fn a_drain_answers_the_lines_that_were_read(broker: Backend) {
 }
 
 // Settings of the embedded broker.
+
+fn a_batch_is_read_at_its_pace(broker: Backend) {
+    let gateway = broker.gateway().start();
+    let mut stream = gateway.stream("/events/a");
+    let lines: String = (0..40).map(|number| line(json!({ "subject": "a", "data": number }))).collect();
+    let began = Instant::now();
+    let answers =
+        gateway.ask(Request::post("/events?rate=20").header("Content-Type", "application/x-ndjson").body(lines));
+    assert_eq!(answers.json_lines().len(), 40);
+    // It can't be done sooner.
+    assert!(began.elapsed() > Duration::from_millis(38 * 50), "{:?}", began.elapsed());
+    assert_eq!(stream.data(40), (0..40).map(|number| number.to_string()).collect::<Vec<_>>());
+
+    for rate in ["0", "x", "1000001", ""] {
+        let refused =
+            gateway.ask(Request::post(format!("/events?rate={rate}")).header("Content-Type", "application/x-ndjson"));
+        assert_eq!((refused.status, refused.json()["code"].as_str()), (400, Some("invalid_parameter")), "{rate}");
+    }
+}
+
+#[test]
+fn a_batch_that_would_evict_most_of_what_is_kept_is_refused() {
+    let gateway = Launch::new().with("embedded.events", "1000").start();
+    let batch = |events: &str, count: usize| {
+        let lines: String = (0..count).map(|_| line(json!({ "subject": "a", "data": "x" }))).collect();
+        let request = Request::post("/events").header("Content-Type", "application/x-ndjson");
+        gateway.ask(request.header("Tidegate-Events", events).body(lines))
+    };
+    assert_eq!(batch("800", 800).json_lines().len(), 800);
+    let refused = batch("801", 0);
+    assert_eq!((refused.status, refused.json()["code"].as_str()), (409, Some("would_evict")));
+    let detail = refused.json()["detail"].as_str().unwrap().to_owned();
+    assert!(detail.starts_with("801 events more") && detail.contains("800 events"), "{detail}");
+    assert_eq!(batch("18446744073709551615", 0).status, 409);
+    // A quarter of what is kept stays.
+    assert_eq!(batch("800", 800).json_lines().len(), 800);
+    for wrong in ["", "-1", "many", "1.5"] {
+        let refused = batch(wrong, 0);
+        assert_eq!((refused.status, refused.json()["code"].as_str()), (400, Some("invalid_header")), "{wrong}");
+    }
+}
 
 #[test]
 fn a_key_is_forgotten_after_its_window() {

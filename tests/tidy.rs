@@ -20,7 +20,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "http",
         &[
             "auth", "delivery", "limits", "hub", "broker", "wire", "sieve", "position", "event", "subject", "memory",
-            "metrics", "config", "fuzz",
+            "metrics", "pace", "config", "fuzz",
         ],
     ),
     ("auth", &["subject", "metrics", "shutdown", "config", "fuzz"]),
@@ -29,12 +29,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "hub",
         &[
-            "broker", "wire", "sieve", "position", "event", "subject", "memory", "metrics", "panics", "shutdown",
-            "backoff", "config",
+            "broker", "wire", "sieve", "position", "event", "subject", "memory", "metrics", "pace", "panics",
+            "shutdown", "backoff", "config",
         ],
     ),
     ("wire", &["position", "event"]),
-    ("sieve", &["event", "subject"]),
+    ("sieve", &["event", "subject", "fuzz"]),
+    ("pace", &["memory"]),
     ("position", &["event", "subject"]),
     ("broker", &["nats", "memory", "position", "event", "subject", "panics", "backoff", "config", "fuzz"]),
     ("nats", &["backoff", "fuzz"]),

@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, Condition, Health, Hint, Hints, LastKnown, Page, Publication,
-    Publish, PublishError, Published, Read, ReadFrom, SnapshotPage, SnapshotRead,
+    Publish, PublishError, Published, Read, ReadFrom, SnapshotPage, SnapshotRead, Stock,
     mailbox::{Mailbox, Received},
 };
 use crate::{
@@ -286,6 +286,16 @@ impl Broker for Embedded {
     async fn bounds(&self) -> Result<Bounds, BrokerError> {
         let log = self.log();
         Ok(Bounds { epoch: self.epoch, first: log.first, last: log.last, time: None })
+    }
+
+    async fn stock(&self) -> Result<Stock, BrokerError> {
+        let log = self.log();
+        Ok(Stock {
+            events: log.events.len() as u64,
+            bytes: log.bytes as u64,
+            events_max: Some(self.limits.events as u64),
+            bytes_max: Some(self.limits.bytes as u64),
+        })
     }
 
     fn resync_signal(&self) -> watch::Receiver<u64> {

@@ -86,6 +86,9 @@ pub trait Broker: Publish {
         Ok(Gone::default())
     }
 
+    /// How much it keeps, and the most that it may.
+    async fn stock(&self) -> Result<Stock, BrokerError>;
+
     /// Counts the occasions on which live hints may have been lost without notice (a reconnect, an election, a stream
     /// event). Consumers of hints read again when it moves.
     fn resync_signal(&self) -> watch::Receiver<u64>;
@@ -271,6 +274,28 @@ pub struct Gone {
     pub first: u64,
     /// How many after that are not.
     pub singly: u64,
+}
+
+/// How much a broker keeps. Beyond the most that it may, the oldest is dropped; `None`: nothing is dropped for being too much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stock {
+    pub events: u64,
+    pub bytes: u64,
+    pub events_max: Option<u64>,
+    pub bytes_max: Option<u64>,
+}
+
+impl Stock {
+    /// What so many events more would take, in bytes, if they are as those that are kept.
+    pub fn bytes_of(&self, events: u64) -> u64 {
+        self.bytes.checked_div(self.events).unwrap_or(0).saturating_mul(events)
+    }
+
+    /// Whether so much more leaves at least a quarter of what is kept.
+    pub fn has_room_for(&self, events: u64, bytes: u64) -> bool {
+        let fits = |more: u64, kept: u64, max: Option<u64>| max.is_none_or(|max| more.saturating_add(kept / 4) <= max);
+        fits(events, self.events, self.events_max) && fits(bytes, self.bytes, self.bytes_max)
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

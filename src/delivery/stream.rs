@@ -180,7 +180,7 @@ impl Stream {
     pub fn due(&self, common: &Common) -> Instant {
         let flowing = || {
             let expires = self.expiry.as_ref().map(|expiry| expiry.next());
-            [expires, self.cursor.completed_at()].into_iter().flatten().fold(self.beat_at, Instant::min)
+            [expires, self.cursor.due()].into_iter().flatten().fold(self.beat_at, Instant::min)
         };
         let held = |held: &PendingWrite| {
             let stalls = Some(held.since + common.limits.borrow().stall);

@@ -115,6 +115,11 @@ fn header_field(name: &str, description: &str, schema: Value) -> Value {
     json!({ "name": name, "in": "header", "description": description, "schema": schema })
 }
 
+fn rate(description: &str) -> Value {
+    let schema = json!({ "type": "integer", "minimum": 1, "maximum": super::subscribe::RATE_MAX });
+    query("rate", description, schema, false)
+}
+
 /// The parameters of every stream beside its filters.
 fn stream_parameters() -> Vec<Value> {
     let text = || json!({ "type": "string" });
@@ -137,6 +142,19 @@ fn stream_parameters() -> Vec<Value> {
             json!({ "type": "array", "items": text(), "maxItems": crate::sieve::TYPES_MAX }),
             false,
         ),
+        query(
+            "where",
+            "What has to be true of an event: the inside of an RFC 9535 filter over the object of `format=json`, such as `@.data.amount > 100`.",
+            json!({ "type": "string", "maxLength": crate::sieve::WHERE_BYTES_MAX }),
+            false,
+        ),
+        query(
+            "every",
+            "An interval, from `100ms` to `1h`: of each subject its last event in each such interval, and no other.",
+            text(),
+            false,
+        ),
+        rate("Most events in a second."),
         query("format", "How events are written.", json!({ "enum": ["raw", "json", "ndjson"] }), false),
         query("lastEventId", "As the header `Last-Event-ID`, for clients that can't set headers.", text(), false),
         query("limit", "End after this many events.", json!({ "type": "integer", "minimum": 1 }), false),
@@ -212,6 +230,14 @@ fn publish_batch() -> Value {
         "operationId": "publishBatch",
         "tags": ["publish"],
         "summary": "Publishes one event a line, also of an endless body",
+        "parameters": [
+            rate("Most lines that are read in a second."),
+            header_field(
+                "Tidegate-Events",
+                "How many events the batch has: it is refused (409) if these would evict more than three quarters of what is kept.",
+                json!({ "type": "integer", "minimum": 0 }),
+            ),
+        ],
         "requestBody": {
             "required": true,
             "content": { "application/x-ndjson": { "itemSchema": { "$ref": "#/components/schemas/BatchLine" } } },

@@ -13,6 +13,7 @@
 
 use std::{
     convert::Infallible,
+    num::NonZeroU32,
     ops::ControlFlow,
     pin::Pin,
     time::{Duration, Instant},
@@ -39,12 +40,14 @@ use super::{
     publication::{self, Receipt, key_of},
     publish::check_coding,
     query::Parameters,
+    subscribe::parse_rate,
 };
 use crate::{
     broker::Publication,
     limits::{Caller, ClientPermit, Limits, RetryAfter},
     memory::{Held, Memory, Part},
     metrics::Counted,
+    pace::Pace,
     subject::Subject,
 };
 
@@ -65,15 +68,15 @@ const END_WITHIN: Duration = Duration::from_millis(50);
 const HEADERS_OF_ONE: [(&str, &str); 3] =
     [("Idempotency-Key", "idempotency_key"), ("If-Match", "if_match"), ("If-None-Match", "if_none_match")];
 
+/// How many events a batch has, if its sender says so: it is refused if there is no room for them.
+const EVENTS_HEADER: &str = "Tidegate-Events";
+
 const PARAMETERS: Parameters = Parameters {
-    known: &[],
+    known: &["rate"],
     advice: &[
         (&["topic", "topics", "channel", "subject"], "each line of a batch names its \"subject\""),
         (&["id", "key"], "each line of a batch may have an \"idempotency_key\"; ids are given by the broker"),
-        (
-            &["data", "payload", "message", "type", "ttl", "event"],
-            "there are none here; each line of a batch has it as a field",
-        ),
+        (&["data", "payload", "message", "type", "ttl", "event"], "each line of a batch has it as a field"),
         authenticate::ADVICE,
     ],
 };
@@ -90,7 +93,7 @@ const SMALL_LINE_BYTES: usize = 64 << 10;
 
 /// `POST /events`
 pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    let (sender, caller, places) = match check(&app, &request).await {
+    let Checked { sender, caller, places, rate } = match check(&app, &request).await {
         Ok(checked) => checked,
         Err(error) => return app.refuse(&request, &error),
     };
@@ -98,7 +101,7 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     let (behind_proxy, is_announced) = (has(REFUSAL_HEADER), !has(header::TRANSFER_ENCODING.as_str()));
     let bytes_max = app.limits.borrow().line_bytes;
     let mut batch = Batch {
-        lines: Lines::new(payload, bytes_max, Throttle::new(app.shares.clone(), caller), &app.memory),
+        lines: Lines::new(payload, bytes_max, Throttle::new(app.shares.clone(), caller, rate), &app.memory),
         waiting: FuturesOrdered::new(),
         ended: false,
         sender,
@@ -138,8 +141,18 @@ pub async fn publish(app: web::Data<App>, request: HttpRequest, payload: web::Pa
     response
 }
 
-async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller, [ClientPermit; 2]), ApiError> {
+/// A batch that may begin.
+struct Checked {
+    sender: Sender,
+    caller: Caller,
+    places: [ClientPermit; 2],
+    /// Most lines that are read in a second.
+    rate: Option<NonZeroU32>,
+}
+
+async fn check(app: &App, request: &HttpRequest) -> Result<Checked, ApiError> {
     let query = app.query(request, &PARAMETERS)?;
+    let rate = parse_rate(&query)?;
     let mut sender = Sender::authenticate(app, request, query).await?;
     let principal = sender.now(app).await?;
     authenticate::check_publish_anything(principal)?;
@@ -164,8 +177,31 @@ async fn check(app: &App, request: &HttpRequest) -> Result<(Sender, Caller, [Cli
     if app.is_draining() {
         return Err(ApiError::new(Code::Draining, ""));
     }
+    check_room(app, request).await?;
     let places = app.shares.open_batch(&caller)?;
-    Ok((sender, caller, places))
+    Ok(Checked { sender, caller, places, rate })
+}
+
+/// Refuses a batch that says how many events it has, and that these would evict most of what is kept.
+async fn check_room(app: &App, request: &HttpRequest) -> Result<(), ApiError> {
+    let Some(announced) = request.headers().get(EVENTS_HEADER) else { return Ok(()) };
+    let Some(events) = announced.to_str().ok().and_then(|text| text.parse().ok()) else {
+        return Err(ApiError::new(
+            Code::InvalidHeader,
+            format!("{EVENTS_HEADER} is the number of events in the batch"),
+        ));
+    };
+    let stock = app.broker.stock().await?;
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let bytes = length.unwrap_or_else(|| stock.bytes_of(events));
+    if stock.has_room_for(events, bytes) {
+        return Ok(());
+    }
+    let detail = format!(
+        "{events} events more, about {bytes} bytes, would evict more than three quarters of what the stream keeps ({} events, {} bytes): send fewer, or store them in another stream",
+        stock.events, stock.bytes
+    );
+    Err(ApiError::new(Code::WouldEvict, detail))
 }
 
 struct Batch {
@@ -449,6 +485,9 @@ impl Lines {
 struct Throttle {
     shares: Limits,
     caller: Caller,
+    /// How fast the sender wants to be read, if it said so; and whether the line that was read has its turn by that still to come.
+    pace: Option<Pace>,
+    waits_for_pace: bool,
     line: bool,
     bytes: usize,
     /// Since others had their turn, in lines and as many bytes as take no longer.
@@ -456,13 +495,15 @@ struct Throttle {
 }
 
 impl Throttle {
-    fn new(shares: Limits, caller: Caller) -> Throttle {
-        Throttle { shares, caller, line: false, bytes: 0, work: 0 }
+    fn new(shares: Limits, caller: Caller, rate: Option<NonZeroU32>) -> Throttle {
+        let pace = rate.map(Pace::new);
+        Throttle { shares, caller, pace, waits_for_pace: false, line: false, bytes: 0, work: 0 }
     }
 
     /// Takes one line into account; what was owed before has been paid.
     fn owe_line(&mut self) {
         self.line = true;
+        self.waits_for_pace = self.pace.is_some();
         self.work += 1;
     }
 
@@ -488,6 +529,14 @@ impl Throttle {
     }
 
     fn charge(&mut self) -> Result<(), RetryAfter> {
+        if let Some(pace) = self.pace.as_mut().filter(|_| self.waits_for_pace) {
+            let now = tokio::time::Instant::now();
+            if pace.allows(now) == 0 {
+                return Err(RetryAfter(pace.next().saturating_duration_since(now)));
+            }
+            pace.take(1, now);
+            self.waits_for_pace = false;
+        }
         if self.line {
             self.shares.publish(&self.caller)?;
             self.line = false;

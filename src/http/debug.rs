@@ -1,7 +1,7 @@
 //! `GET /debug/streams` and `GET /debug/feeds` of the admin listener: streams and feeds, page by page. See
 //! docs/src/troubleshooting.md.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, num::NonZeroU32};
 
 use actix_web::{HttpRequest, HttpResponse, http::header, web};
 use serde::Serialize;
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     delivery::{Ended, StreamRecord},
-    hub::SiftedSeen,
+    hub::DerivedSeen,
     subject::Filter,
 };
 
@@ -37,9 +37,12 @@ struct Stream {
     /// The most of its filters.
     behind: Option<u64>,
     filters: Vec<Place>,
-    /// What the client wants of them, as in the query of its request.
+    /// What the client wants of them, if that is not all.
     #[serde(skip_serializing_if = "Option::is_none")]
-    sieve: Option<String>,
+    selection: Option<String>,
+    /// Events in a second, if it said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate: Option<NonZeroU32>,
     events: u64,
     bytes: u64,
 }
@@ -62,16 +65,18 @@ struct EndedStream {
 
 /// A part of a feed that some of its readers want.
 #[derive(Serialize)]
-struct SieveOfFeed {
-    sieve: String,
+struct DerivedFeed {
+    /// As in `orders.> where @.data.amount > 100 every 1s`.
+    name: String,
     readers: usize,
     events: usize,
     bytes: usize,
 }
 
-impl SieveOfFeed {
-    fn of(seen: &SiftedSeen) -> SieveOfFeed {
-        SieveOfFeed { sieve: seen.sieve.to_string(), readers: seen.readers, events: seen.events, bytes: seen.bytes }
+impl DerivedFeed {
+    fn of(filter: &Filter, seen: &DerivedSeen) -> DerivedFeed {
+        let name = format!("{filter} {}", seen.selection);
+        DerivedFeed { name, readers: seen.readers, events: seen.events, bytes: seen.bytes }
     }
 }
 
@@ -93,7 +98,7 @@ struct Feed {
     /// It is being read for, because something may be missing.
     in_doubt: bool,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    sieves: Vec<SieveOfFeed>,
+    derived: Vec<DerivedFeed>,
 }
 
 /// `GET /debug/streams`
@@ -163,7 +168,7 @@ fn describe(app: &App, record: &StreamRecord) -> Stream {
     let place = |(filter, position): (&Filter, u64)| Place {
         filter: filter.to_string(),
         position,
-        behind: app.hub.behind(filter, record.progress.sieve.as_ref(), epoch, position),
+        behind: app.hub.behind(filter, &record.progress.selection, epoch, position),
     };
     let filters: Vec<_> = record.progress.places().map(place).collect();
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
@@ -176,7 +181,8 @@ fn describe(app: &App, record: &StreamRecord) -> Stream {
         last_id: record.progress.position().to_string(),
         behind: filters.iter().filter_map(|place| place.behind).max(),
         filters,
-        sieve: record.progress.sieve.as_ref().map(ToString::to_string),
+        selection: some(&record.progress.selection.to_string()),
+        rate: record.progress.rate,
         events: record.events(),
         bytes: record.bytes(),
     }
@@ -201,7 +207,7 @@ fn list_feeds(app: &App, request: &HttpRequest) -> Result<Feeds, ApiError> {
         events: feed.events,
         bytes: feed.bytes,
         in_doubt: feed.in_doubt,
-        sieves: feed.sifted.iter().map(SieveOfFeed::of).collect(),
+        derived: feed.derived.iter().map(|derived| DerivedFeed::of(&feed.filter, derived)).collect(),
     });
     Ok(Feeds { feeds: feeds.collect(), next })
 }

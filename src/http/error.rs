@@ -66,8 +66,10 @@ codes! {
         "`detail` names the parameter that was probably meant.";
     InvalidParameter = 400 "invalid_parameter" "Invalid query parameter"
         "A query parameter has an invalid value.";
+    InvalidWhere = 400 "invalid_where" "Invalid where"
+        "`where` is not an expression, or one that is refused; `detail` has three lines: what is wrong, the expression, and a `^` under the place.";
     InvalidHeader = 400 "invalid_header" "Invalid header"
-        "`If-Match`, `If-None-Match` or `Idempotency-Key` has an invalid value, or was sent with a batch, whose lines have fields for them.";
+        "`If-Match`, `If-None-Match`, `Idempotency-Key` or `Tidegate-Events` has an invalid value, or one of the first three was sent with a batch, whose lines have fields for them.";
     InvalidType = 400 "invalid_type" "Invalid event type"
         "The event type is empty, too long, reserved, or has control characters.";
     InvalidLine = 400 "invalid_line" "Invalid line"
@@ -98,6 +100,8 @@ codes! {
         "The head of the request did not arrive within `limits.request_head`.";
     BodyTimeout = 408 "body_timeout" "Request body timeout"
         "Nothing of the body arrived for `limits.body_pause`, or not all of it within `limits.body`.";
+    WouldEvict = 409 "would_evict" "Would evict history"
+        "The batch said by `Tidegate-Events` how many events it has, and so many would leave less than a quarter of what the stream keeps. Nothing was stored.";
     ConditionFailed = 412 "condition_failed" "Condition failed"
         "The subject's last event is another one, or, for `If-None-Match`, there is one. `last_id` names the last event if the sender may read the subject.";
     EventTooLarge = 413 "event_too_large" "Event too large"
@@ -143,7 +147,7 @@ codes! {
     TooManyStreams = 503 "too_many_streams" "Too many streams"
         "`limits.streams` are open on this node.";
     TooManySieves = 503 "too_many_sieves" "Too many sieves"
-        "`limits.sieves` different wishes (`type=`) of the readers of one filter are met on this node.";
+        "`limits.sieves` different wishes (`type=`, `where=`, `every=`) of the readers of one filter are met on this node.";
     TooManyBatches = 503 "too_many_batches" "Too many batches"
         "`limits.batches` are open on this node, or half of `limits.connections`.";
     TooManyConnections = 503 "too_many_connections" "Too many connections"

@@ -88,6 +88,11 @@ fn unknown(name: &str, known: &[&str], advice: &[(&[&str], &str)]) -> String {
     if let Some((_, advice)) = advice.iter().find(|(names, _)| names.contains(&&*lowercase)) {
         return format!("{name:?} is not known: {advice}");
     }
+    if name.trim_start().starts_with(['@', '!', '(']) {
+        return format!(
+            "{name:?} is no parameter; within where, && is written %26%26 (curl -G --data-urlencode does that)"
+        );
+    }
     let near = known.iter().map(|known| (strsim::damerau_levenshtein(&lowercase, &known.to_lowercase()), known));
     match near.min() {
         // Of a short name, three letters are all of it.

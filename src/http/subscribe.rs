@@ -4,6 +4,8 @@
 use std::{
     borrow::Cow,
     convert::Infallible,
+    num::NonZeroU32,
+    ops::RangeInclusive,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll},
@@ -30,15 +32,28 @@ use crate::{
     auth::Principal,
     broker::{BrokerError, Health},
     config::parse_duration,
-    hub::{Ends, NewFilters, Opening, Start, StartAt, Until},
-    sieve::Sieve,
+    hub::{Ends, NewFilters, Opening, Selection, Start, StartAt, Until, Wish},
+    sieve::{Condition, Sieve, Types},
     subject::{Filter, SubjectError},
     wire::{Format, Framing},
 };
 
 /// The parameters beside the filter in the path.
 pub(super) const OF_ONE: Parameters = Parameters {
-    known: &["from", "new", "type", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    known: &[
+        "from",
+        "new",
+        "type",
+        "where",
+        "every",
+        "rate",
+        "format",
+        "lastEventId",
+        "limit",
+        "until",
+        "follow",
+        "wait",
+    ],
     advice: &[
         (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
         ID,
@@ -49,7 +64,21 @@ pub(super) const OF_ONE: Parameters = Parameters {
     ],
 };
 pub(super) const OF_SEVERAL: Parameters = Parameters {
-    known: &["subject", "from", "new", "type", "format", "lastEventId", "limit", "until", "follow", "wait"],
+    known: &[
+        "subject",
+        "from",
+        "new",
+        "type",
+        "where",
+        "every",
+        "rate",
+        "format",
+        "lastEventId",
+        "limit",
+        "until",
+        "follow",
+        "wait",
+    ],
     advice: &[
         (&["topic", "topics", "channel"], "did you mean \"subject\"?"),
         ID,
@@ -70,6 +99,10 @@ const POLL: Advice =
 
 /// The longest that a stream with `follow=0` waits for a first event.
 const WAIT_MAX: Duration = Duration::from_secs(5 * 60);
+/// The intervals that `every` may have.
+const EVERY: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(60 * 60);
+/// The highest `rate`.
+pub(super) const RATE_MAX: u32 = 1_000_000;
 /// How much of a `Last-Event-ID` is looked at. None of ours is longer.
 const ID_CHARS_MAX: usize = 16 * 1024;
 
@@ -118,10 +151,8 @@ async fn respond(
 /// What a client asks for.
 struct SubscribeRequest {
     filters: Vec<Filter>,
-    sieve: Option<Sieve>,
     start: Start,
-    format: Format,
-    ends: Ends,
+    wish: Wish,
 }
 
 impl SubscribeRequest {
@@ -154,14 +185,15 @@ impl SubscribeRequest {
         // At most once.
         query.one("lastEventId")?;
         let ends = parse_ends(query)?;
-        let sieve = Sieve::of_types(query.all("type"));
-        let sieve = sieve.map_err(|error| ApiError::new(Code::InvalidParameter, error.to_string()))?;
+        let types = Types::parse(query.all("type"));
+        let types = types.map_err(|error| ApiError::new(Code::InvalidParameter, error.to_string()))?;
+        let condition = query.one("where")?.map(Condition::parse).transpose();
+        let condition = condition.map_err(|error| ApiError::new(Code::InvalidWhere, error.to_string()))?;
+        let selection = Selection { sieve: Sieve::new(types, condition), every: parse_every(query)? };
         Ok(SubscribeRequest {
             filters,
-            sieve,
             start: Start { last_event_id: presented_id(request), at, new },
-            format,
-            ends,
+            wish: Wish { format, ends, selection, rate: parse_rate(query)? },
         })
     }
 }
@@ -180,7 +212,7 @@ async fn open(
     }
     let place = app.shares.open_stream(&caller(request, principal), wanted.filters.len())?;
     let permit = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
-    let format = wanted.format;
+    let format = wanted.wish.format;
     let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
     let body = if request.method() == Method::HEAD {
         if let Health::Away(why) = app.broker.health() {
@@ -190,17 +222,17 @@ async fn open(
     } else {
         let socket_share =
             request.conn_data::<Rc<SharedSocket>>().expect("every connection carries its shared socket").clone();
-        let SubscribeRequest { filters, sieve, start, format: _, ends } = wanted;
+        let SubscribeRequest { filters, start, wish } = wanted;
         let sieves_max = app.limits.borrow().sieves;
-        let is_over = |sieve: &Sieve| filters.iter().any(|filter| app.hub.other_sieves(filter, sieve) >= sieves_max);
-        if sieve.as_ref().is_some_and(is_over) {
+        let is_over = |filter: &Filter| app.hub.other_selections(filter, &wish.selection) >= sieves_max;
+        if !wish.selection.is_everything() && filters.iter().any(is_over) {
             let detail = format!(
-                "readers of one filter have {sieves_max} different wishes (type=) here: a subject says it for fewer"
+                "readers of one filter have {sieves_max} different wishes (type=, where=, every=) here: a subject says it for fewer"
             );
             return Err(ApiError::new(Code::TooManySieves, detail));
         }
-        let (is_back, until) = (start.last_event_id.is_some(), ends.until.clone());
-        let (opening, cursor) = app.hub.subscribe(&filters, start, format, ends, sieve).await?;
+        let (is_back, until) = (start.last_event_id.is_some(), wish.ends.until.clone());
+        let (opening, cursor) = app.hub.subscribe(&filters, start, wish).await?;
         if let Some(Until::Position(until)) = until
             && !until.epoch.is_named(cursor.epoch())
         {
@@ -303,6 +335,19 @@ fn parse_ends(query: &Query) -> Result<Ends, ApiError> {
         Some(_) => return wrong("wait is a time such as 30s, at most 5m"),
     };
     Ok(Ends { limit, until, wait })
+}
+
+fn parse_every(query: &Query) -> Result<Option<Duration>, ApiError> {
+    let every = query.one("every")?.map(|text| parse_duration(text).filter(|every| EVERY.contains(every)));
+    let detail = "every is the interval in which each subject has one event at most, from 100ms to 1h";
+    every.map(|every| every.ok_or_else(|| ApiError::new(Code::InvalidParameter, detail))).transpose()
+}
+
+/// Reads `rate`, of a stream or of a batch: events in a second.
+pub(super) fn parse_rate(query: &Query) -> Result<Option<NonZeroU32>, ApiError> {
+    let rate = query.one("rate")?.map(|text| text.parse().ok().filter(|rate: &NonZeroU32| rate.get() <= RATE_MAX));
+    let detail = format!("rate is how many events there may be in a second, from 1 to {RATE_MAX}");
+    rate.map(|rate| rate.ok_or_else(|| ApiError::new(Code::InvalidParameter, detail))).transpose()
 }
 
 fn parse_filter(text: &str) -> Result<Filter, ApiError> {

@@ -22,14 +22,15 @@ use tokio::time::Instant;
 
 use super::{
     Hub,
-    encoded::Encoder,
+    derived::Selection,
+    encoded::{EncodedEvent, Encoder},
     ends::{ASK_AGAIN, Bound, Completed, Remaining},
     feed::Take,
-    pages::{Ahead, SharedPage},
+    pages::{Ahead, Asked, SharedPage},
     place::{Place, Snapshot, StartPoint},
     progress::Progress,
     resume::{self, NewFilters, Origin, StartAt},
-    slice::{Found, Slice},
+    slice::{Found, Room, Slice},
 };
 use crate::{
     backoff::Backoff,
@@ -37,23 +38,18 @@ use crate::{
     event::{Epoch, Event},
     memory::Held,
     metrics::Counted,
+    pace::Pace,
     position::{Position, Witness},
-    sieve::Sieve,
+    sieve::Document,
     wire::{Block, Format, Framing, GapReason, OwnId},
 };
 
 pub struct Cursor {
     hub: Hub,
     epoch: Epoch,
-    format: Format,
-    /// What was stored earlier is not wanted.
-    not_before: Option<Timestamp>,
-    /// What does not pass is not wanted.
-    sieve: Option<Sieve>,
+    wanted: Wanted,
     /// Most clients have one.
     places: SmallVec<[Place; 1]>,
-    /// How filters that it has not had before are told from those that it has.
-    new: NewFilters,
     /// What is handed over before anything else of its places.
     snapshot: Option<Box<Snapshot>>,
     /// The place that the last frames came from.
@@ -62,10 +58,24 @@ pub struct Cursor {
     /// A place has moved past events that were not handed over, and no id has told of it yet.
     has_untold_move: bool,
     fetching: Option<BoxFuture<'static, Fetched>>,
+    /// How fast it wants to be handed events, if it says so.
+    pace: Option<Box<Pace>>,
+    /// It may not be handed anything now.
+    waits_for_pace: bool,
     /// How far its end is, if it has one.
     remaining: Option<Box<Remaining>>,
     /// The waker that the feeds wake when they move.
     listener: Option<Waker>,
+}
+
+/// What a client wants.
+pub(super) struct Wanted {
+    pub format: Format,
+    /// How filters that it has not had before are told from those that it has.
+    pub new: NewFilters,
+    /// What was stored earlier is not wanted.
+    pub not_before: Option<Timestamp>,
+    pub selection: Selection,
 }
 
 /// Whether a client gets events as they come.
@@ -118,28 +128,63 @@ impl Drop for Cursor {
 impl Cursor {
     pub(super) fn new(
         hub: Hub,
-        (format, new): (Format, NewFilters),
-        (not_before, sieve): (Option<Timestamp>, Option<Sieve>),
+        wanted: Wanted,
         found: StartPoint,
         remaining: Option<Remaining>,
+        pace: Option<Pace>,
     ) -> Cursor {
         let StartPoint { epoch, places, gap: _, snapshot } = found;
-        Cursor {
+        let mut cursor = Cursor {
             hub,
             epoch,
-            format,
-            not_before,
-            places: sifted(places, sieve.as_ref()),
-            sieve,
-            new,
+            places: SmallVec::new(),
+            wanted,
             snapshot: snapshot.map(Box::new),
             turn: 0,
             standing: Standing::New,
             has_untold_move: false,
             fetching: None,
+            pace: pace.map(Box::new),
+            waits_for_pace: false,
             remaining: remaining.map(Box::new),
             listener: None,
+        };
+        cursor.stand(places);
+        cursor
+    }
+
+    /// Stands in these places from now on, of whose feeds it wants a part perhaps.
+    fn stand(&mut self, places: Vec<Place>) {
+        (self.places, self.turn) = (places.into_iter().collect(), 0);
+        let Selection { sieve, every } = &self.wanted.selection;
+        for place in &mut self.places {
+            if sieve.is_some() || every.is_some() {
+                place.reader.select(&self.wanted.selection);
+            }
+            if every.is_some() {
+                // What is last of each subject is read for anew.
+                place.ahead = Ahead::default();
+            } else if let Some(sieve) = sieve {
+                let sift = |events: &[_]| {
+                    self.hub.sift(self.epoch, sieve, events, |encoded: &Arc<EncodedEvent>| &encoded.event)
+                };
+                let is_any = !place.ahead.is_empty();
+                place.ahead.select(&self.hub.0.memory, sift);
+                if is_any && place.ahead.is_empty() {
+                    self.has_untold_move |= place.position < place.ahead_proven;
+                    place.position = place.position.max(place.ahead_proven);
+                }
+            }
         }
+        (0..self.places.len()).for_each(|number| self.narrow(number));
+    }
+
+    /// Lets go of what a client that wants its events slowly is not handed soon.
+    fn narrow(&mut self, number: usize) {
+        let Some(pace) = &self.pace else { return };
+        let place = &mut self.places[number];
+        let kept = pace.keeps(place.ahead.events().map(|encoded| encoded.bytes()));
+        place.ahead_proven = place.ahead.truncate(kept, &self.hub.0.memory).unwrap_or(place.ahead_proven);
     }
 
     /// The next frames: at least one, and at most a write's worth, unless a single one is larger.
@@ -151,7 +196,7 @@ impl Cursor {
         loop {
             // Before looking, so that what moves after the look wakes.
             self.listen(cx.waker());
-            let frames = self.take();
+            let frames = self.take_at_pace();
             if !frames.is_empty() {
                 return Poll::Ready(frames);
             }
@@ -186,6 +231,9 @@ impl Cursor {
         self.let_go();
         if let Some(Remaining { events: Some(left), .. }) = self.remaining.as_deref_mut() {
             *left += events;
+        }
+        if let Some(pace) = &mut self.pace {
+            pace.give_back(events);
         }
         if let Some(snapshot) = self.snapshot.as_mut().filter(|snapshot| !snapshot.waits) {
             (snapshot.position, snapshot.ahead_reached) = (sequence, sequence);
@@ -225,9 +273,12 @@ impl Cursor {
         }
     }
 
-    /// When [`Cursor::completed`] may change without anything else happening.
-    pub fn completed_at(&self) -> Option<Instant> {
-        self.remaining.as_ref()?.due()
+    /// When there is something to do, whatever happens until then: [`Cursor::completed`] may change, or a client that wants its
+    /// events slowly is handed the next.
+    pub fn due(&self) -> Option<Instant> {
+        let completed = self.remaining.as_ref().and_then(|remaining| remaining.due());
+        let paced = self.pace.as_ref().filter(|_| self.waits_for_pace).map(|pace| pace.next());
+        completed.into_iter().chain(paced).min()
     }
 
     /// Whether everything up to the end was delivered before this stream began.
@@ -258,19 +309,7 @@ impl Cursor {
     fn resolve_bound(&mut self, cx: &mut Context<'_>) {
         let Some(remaining) = &mut self.remaining else { return };
         if matches!(remaining.bound, Bound::Time(time) if time <= Timestamp::now()) {
-            let hub = self.hub.clone();
-            remaining.bound = Bound::Resolving(
-                async move {
-                    let mut backoff = Backoff::default();
-                    loop {
-                        match hub.0.broker.bounds().await {
-                            Ok(bounds) => return bounds.last,
-                            Err(_) => backoff.wait().await,
-                        }
-                    }
-                }
-                .boxed(),
-            );
+            remaining.bound = Bound::Resolving(last_stored(self.hub.clone()).boxed());
         }
         if let Bound::Resolving(last) = &mut remaining.bound
             && let Poll::Ready(last) = last.poll_unpin(cx)
@@ -285,7 +324,7 @@ impl Cursor {
     }
 
     pub fn format(&self) -> Format {
-        self.format
+        self.wanted.format
     }
 
     /// The position to tell a client that has been handed everything there is, if it has moved without an event.
@@ -315,7 +354,8 @@ impl Cursor {
     /// Where the client stands, to be looked at from outside while it is kept up by [`Cursor::tell`].
     pub fn progress(&self) -> Progress {
         let places = self.places.iter().map(|place| place.reader.feed.filter.clone());
-        Progress::new(self.epoch, places.zip(self.standpoints(u64::MAX)), self.sieve.clone())
+        let rate = self.pace.as_ref().map(|pace| pace.rate);
+        Progress::new(self.epoch, places.zip(self.standpoints(u64::MAX)), (self.wanted.selection.clone(), rate))
     }
 
     /// Says that what was handed over last has been written, up to `sequence`.
@@ -352,13 +392,30 @@ impl Cursor {
 
     /// The base of ids, which name the filters that stand above it: all of them, if they are to be told from new ones.
     fn base(&self, lowest: u64) -> u64 {
-        if self.new.are_told_apart() { lowest.saturating_sub(1) } else { lowest }
+        if self.wanted.new.are_told_apart() { lowest.saturating_sub(1) } else { lowest }
+    }
+
+    /// What is there to be taken, if the client is to be handed something now.
+    fn take_at_pace(&mut self) -> Vec<Frame> {
+        let bytes = self.hub.0.settings.write_bytes;
+        let Some(pace) = &self.pace else { return self.take(Room { bytes, events: usize::MAX }) };
+        let now = Instant::now();
+        let events = pace.allows(now);
+        self.waits_for_pace = events == 0;
+        if self.waits_for_pace {
+            return vec![];
+        }
+        let frames = self.take(Room { bytes, events });
+        if let Some(pace) = &mut self.pace {
+            pace.take(frames.iter().filter(|frame| frame.is_event).count(), now);
+        }
+        frames
     }
 
     /// What is there to be taken, from the first place in turn that has something. Begins to fetch what a place needs.
-    fn take(&mut self) -> Vec<Frame> {
+    fn take(&mut self, room: Room) -> Vec<Frame> {
         if self.is_snapshot_next() {
-            return self.take_snapshot();
+            return self.take_snapshot(room);
         }
         let count = self.places.len();
         let first = self.turn + 1;
@@ -370,7 +427,7 @@ impl Cursor {
             if waits || self.remaining.as_deref().is_some_and(is_over) {
                 continue;
             }
-            while let Some((mut slice, is_live)) = self.take_at(number) {
+            while let Some((mut slice, is_live)) = self.take_at(number, room) {
                 let place = &mut self.places[number];
                 let is_cut = |remaining: &mut Box<Remaining>| remaining.cut(&mut slice, place.position);
                 if self.remaining.as_mut().is_some_and(is_cut) {
@@ -411,8 +468,8 @@ impl Cursor {
 
     /// What comes next of the snapshot. It is over once its last frames have been followed by another call: until then
     /// they may be given back.
-    fn take_snapshot(&mut self) -> Vec<Frame> {
-        let encoder = Encoder { epoch: self.epoch, format: self.format, memory: &self.hub.0.memory };
+    fn take_snapshot(&mut self, room: Room) -> Vec<Frame> {
+        let encoder = Encoder { epoch: self.epoch, format: self.wanted.format, memory: &self.hub.0.memory };
         let Some(snapshot) = &mut self.snapshot else { return vec![] };
         if self.remaining.as_ref().is_some_and(|remaining| remaining.events == Some(0)) {
             return vec![];
@@ -421,8 +478,10 @@ impl Cursor {
         // Handed over before, as every event up to the snapshot was that another filter matches.
         let is_handed_over =
             |event: &Event| others().any(|(_, other)| other.reader.feed.filter.matches(&event.subject));
-        let skips = |event: &Event| !passes(self.sieve.as_ref(), event) || is_handed_over(event);
-        let mut slice = Slice::of(&snapshot.ahead, snapshot.position, encoder, self.hub.0.settings.write_bytes, skips);
+        let sieve = self.wanted.selection.sieve.as_ref();
+        let passes = |event: &Event| sieve.is_none_or(|sieve| sieve.passes(&Document::new(self.epoch, event)));
+        let skips = |event: &Event| !passes(event) || is_handed_over(event);
+        let mut slice = Slice::of(&snapshot.ahead, snapshot.position, encoder, room, skips);
         let is_cut = self.remaining.as_mut().is_some_and(|remaining| remaining.cut(&mut slice, snapshot.position));
         snapshot.position = slice.reached;
         while snapshot.ahead.front().is_some_and(|encoded| encoded.event.sequence <= slice.reached) {
@@ -441,7 +500,7 @@ impl Cursor {
             } else {
                 snapshot.places.iter().for_each(|number| self.places[*number].position = snapshot.as_of);
                 self.snapshot = None;
-                return self.take();
+                return self.take(room);
             }
             return vec![];
         }
@@ -450,18 +509,17 @@ impl Cursor {
     }
 
     /// What comes next at one place, perhaps all of it skipped, and whether it came live; `None` when there is nothing.
-    fn take_at(&mut self, number: usize) -> Option<(Slice, bool)> {
+    fn take_at(&mut self, number: usize, room: Room) -> Option<(Slice, bool)> {
         let place = &mut self.places[number];
         if place.ahead.is_stale(self.hub.removals(), self.hub.oldest()) {
             place.ahead = Ahead::default();
         }
         let place = &self.places[number];
-        let (memory, bytes_max) = (&self.hub.0.memory, self.hub.0.settings.write_bytes);
+        let memory = &self.hub.0.memory;
         let skips = |event: &Event| self.is_too_early(event.time) || self.skips(number, event);
         if !place.ahead.is_empty() {
-            let encoder = Encoder { epoch: self.epoch, format: self.format, memory };
-            let skips = |event: &Event| !passes(self.sieve.as_ref(), event) || skips(event);
-            let mut slice = Slice::of(place.ahead.events(), place.position, encoder, bytes_max, skips);
+            let encoder = Encoder { epoch: self.epoch, format: self.wanted.format, memory };
+            let mut slice = Slice::of(place.ahead.events(), place.position, encoder, room, skips);
             let place = &mut self.places[number];
             place.ahead.advance(slice.reached);
             if place.ahead.is_empty() {
@@ -470,7 +528,14 @@ impl Cursor {
             place.position = slice.reached;
             return Some((slice, false));
         }
-        match place.reader.take(place.position, (self.format, memory), bytes_max, skips) {
+        if self.ends_in_an_interval(number) {
+            if self.fetching.is_none() {
+                self.fetching = Some(self.read_history(number));
+            }
+            return None;
+        }
+        match place.reader.take(place.position, (self.wanted.format, memory), room, skips) {
+            Take::Slice(slice) if self.is_resolved_by(&slice) => return None,
             Take::Slice(slice) => {
                 self.places[number].position = slice.reached;
                 // Before it has once been at the end, what it takes was stored before it came.
@@ -494,9 +559,32 @@ impl Cursor {
         None
     }
 
+    /// Whether a reader of intervals has its end among what is there: of the last interval it has to be told what was last before
+    /// its end, and not what is last.
+    fn ends_in_an_interval(&self, number: usize) -> bool {
+        let place = &self.places[number];
+        let last = self.remaining.as_ref().and_then(|remaining| remaining.last());
+        let is_there = |last| place.position < last && place.reader.feed.proven() >= last;
+        self.wanted.selection.every.is_some() && last.is_some_and(is_there)
+    }
+
+    /// Whether a slice shows a reader of intervals that the time of its end has come: then it waits to be told which event is
+    /// the last.
+    fn is_resolved_by(&mut self, slice: &Slice) -> bool {
+        let Some(remaining) = self.remaining.as_mut().filter(|_| self.wanted.selection.every.is_some()) else {
+            return false;
+        };
+        if let Bound::Time(_) = remaining.bound
+            && slice.blocks.iter().any(|found| remaining.is_beyond(found.sequence, found.stored))
+        {
+            remaining.bound = Bound::Resolving(last_stored(self.hub.clone()).boxed());
+        }
+        matches!(remaining.bound, Bound::Resolving(_))
+    }
+
     /// Whether a reader that asked for events from a time in the future does not want one that was stored then.
     fn is_too_early(&self, stored: Timestamp) -> bool {
-        self.not_before.is_some_and(|time| stored < time)
+        self.wanted.not_before.is_some_and(|time| stored < time)
     }
 
     /// Whether an event at one place has been handed over at another.
@@ -508,7 +596,7 @@ impl Cursor {
     /// Blocks of these places as frames of this client: where some places stand elsewhere, or filters are told apart, under ids
     /// that tell where all of them stand.
     fn frames(&self, numbers: &[usize], blocks: Vec<Found>) -> Vec<Frame> {
-        if numbers.len() == self.places.len() && !self.new.are_told_apart() {
+        if numbers.len() == self.places.len() && !self.wanted.new.are_told_apart() {
             let frame = |found: Found| {
                 let is_event = found.stored.is_some();
                 Frame { is_event, ..Frame::new(found.sequence, found.block) }
@@ -520,7 +608,7 @@ impl Cursor {
         let others = || tags().zip(self.standpoint_of_each()).enumerate().filter(|(number, _)| !is_of_these(number));
         let first = blocks.first().map_or(0, |found| found.sequence);
         let furthest = others().map(|(_, (_, position))| position).max().unwrap_or(0);
-        let base = if self.new.are_told_apart() {
+        let base = if self.wanted.new.are_told_apart() {
             self.base(others().map(|(_, (_, position))| position).fold(first, u64::min))
         } else {
             // Any place from a filter's last event to what is settled tells the same: few need to be told apart from a
@@ -556,13 +644,17 @@ impl Cursor {
                         (None, _) => std::mem::replace(&mut remaining.bound, Bound::Open),
                     };
                 }
-                (self.epoch, self.places, self.turn) = (epoch, sifted(places, self.sieve.as_ref()), 0);
+                self.epoch = epoch;
+                self.stand(places);
                 gap.map(|(requested, reason)| self.gap(&requested, reason))
             }
             Fetched::SnapshotPage(page, held) if page.epoch == self.epoch => {
                 if let Some(snapshot) = &mut self.snapshot {
                     snapshot.held = held;
                     snapshot.take_over(page);
+                    if let Some(pace) = &self.pace {
+                        snapshot.truncate(pace.keeps(snapshot.ahead.iter().map(|encoded| encoded.bytes())));
+                    }
                 }
                 None
             }
@@ -586,8 +678,10 @@ impl Cursor {
                 place.ahead_proven = page.proven;
                 place.ahead = Ahead::after(page, place.position);
                 if place.ahead.is_empty() {
+                    self.has_untold_move |= place.position < place.ahead_proven;
                     place.position = place.position.max(place.ahead_proven);
                 }
+                self.narrow(number);
                 self.turn = number;
                 expired.then(|| self.gap(&before.to_string(), GapReason::Expired))
             }
@@ -596,22 +690,31 @@ impl Cursor {
 
     /// The gap from `requested` to where the client stands now.
     fn gap(&self, requested: &str, reason: GapReason) -> Frame {
-        let block = self.hub.gap(requested, &self.position(), reason).block(self.format);
+        let block = self.hub.gap(requested, &self.position(), reason).block(self.wanted.format);
         Frame { is_event: false, ..Frame::new(self.places[self.turn].position, block) }
     }
 
     fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {
         let hub = self.hub.clone();
-        let filter = self.places[number].reader.feed.filter.clone();
-        let (epoch, after) = (self.epoch, self.places[number].position);
+        let place = &self.places[number];
+        let filter = place.reader.feed.filter.clone();
+        let asked = Asked { after: place.position, filter, selection: self.wanted.selection.clone() };
+        // What is last is to be so before the end.
+        let remaining = self.remaining.as_ref().filter(|_| asked.selection.every.is_some());
+        let end = remaining.map(|remaining| remaining.last().unwrap_or(u64::MAX).min(place.reader.feed.proven()));
+        let epoch = self.epoch;
         async move {
             let mut backoff = Backoff::default();
             loop {
-                match hub.read_shared(epoch, &filter, after).await {
+                let page = match end {
+                    None => hub.read_shared(epoch, &asked).await,
+                    Some(_) => hub.read_last(epoch, &asked, end).await.map(Arc::new),
+                };
+                match page {
                     // What follows can't be said at the moment: asked again at once, it could not be said either.
-                    Ok(page) if page.epoch == epoch && page.proven.max(page.first - 1) <= after => {}
+                    Ok(page) if page.epoch == epoch && page.proven.max(page.first - 1) <= asked.after => {}
                     Ok(page) => return Fetched::Page(number, page),
-                    Err(error) => tracing::debug!(%filter, %error, "could not read history, retrying"),
+                    Err(error) => tracing::debug!(%asked.filter, %error, "could not read history, retrying"),
                 }
                 backoff.wait().await;
             }
@@ -640,7 +743,7 @@ impl Cursor {
     fn resume(&self) -> BoxFuture<'static, Fetched> {
         let hub = self.hub.clone();
         let filters: Vec<_> = self.places.iter().map(|place| place.reader.feed.filter.clone()).collect();
-        let (position, new) = (self.position(), self.new);
+        let (position, new) = (self.position(), self.wanted.new);
         // Of this connection's own stream: what comes later is new, whatever its number.
         let origin = Origin::Cursor { newest: self.places.iter().filter_map(|place| place.reader.feed.newest()).max() };
         async move {
@@ -657,15 +760,13 @@ impl Cursor {
     }
 }
 
-/// Places whose readers want what passes a sieve, if there is one.
-fn sifted(places: Vec<Place>, sieve: Option<&Sieve>) -> SmallVec<[Place; 1]> {
-    let mut places: SmallVec<[Place; 1]> = places.into_iter().collect();
-    if let Some(sieve) = sieve {
-        places.iter_mut().for_each(|place| place.reader.sift(sieve));
+/// The last sequence that is stored now.
+async fn last_stored(hub: Hub) -> u64 {
+    let mut backoff = Backoff::default();
+    loop {
+        match hub.0.broker.bounds().await {
+            Ok(bounds) => return bounds.last,
+            Err(_) => backoff.wait().await,
+        }
     }
-    places
-}
-
-fn passes(sieve: Option<&Sieve>, event: &Event) -> bool {
-    sieve.is_none_or(|sieve| sieve.passes(event))
 }

@@ -36,12 +36,12 @@ use tokio::sync::OnceCell;
 
 use super::{
     Hub, Proof,
+    derived::{self, Derived, DerivedSeen, Selection},
     encoded::Encoder,
     listeners::Listeners,
     log::{Content, Log, Resync},
     reader_map::Readers,
-    sifted::{Sifted, SiftedSeen},
-    slice::Slice,
+    slice::{Room, Slice},
 };
 use crate::{
     backoff::Backoff,
@@ -50,7 +50,6 @@ use crate::{
     memory::{Held, Memory, Part, SMALL_BYTES},
     position::Position,
     shutdown::Ending,
-    sieve::Sieve,
     subject::Filter,
     wire::{Format, GapReason},
 };
@@ -73,8 +72,10 @@ pub(super) struct Feed {
     /// Ends with the feed.
     ear: OnceLock<Ending>,
     state: Mutex<State>,
-    /// The readers without a sieve.
+    /// The readers that want all of it.
     listeners: Listeners,
+    /// Locked before the state, where both are.
+    derived: Mutex<Vec<Weak<Derived>>>,
 }
 
 #[derive(Default)]
@@ -83,23 +84,8 @@ struct State {
     closed: bool,
     /// While the feed is being read for.
     repair: Option<Repair>,
-    sifted: Vec<Weak<Sifted>>,
-}
-
-impl State {
-    /// Hands on what is new to sifted feeds, and forgets the oldest while there is too much.
-    fn hand_on(&mut self, hub: &Hub) {
-        let (limits, metrics) = (&hub.0.settings.feed, &hub.0.metrics);
-        if !self.sifted.is_empty() {
-            self.sifted.retain(|sifted| sifted.strong_count() > 0);
-            self.sifted().for_each(|sifted| sifted.follow(&self.log, limits, metrics));
-        }
-        self.log.evict(limits);
-    }
-
-    fn sifted(&self) -> impl Iterator<Item = Arc<Sifted>> {
-        self.sifted.iter().filter_map(Weak::upgrade)
-    }
+    /// There may be derived feeds.
+    is_derived: bool,
 }
 
 /// What has come up since the read under way began.
@@ -135,7 +121,7 @@ pub struct Seen {
     pub bytes: usize,
     /// It is being read for, because something may be missing.
     pub in_doubt: bool,
-    pub sifted: Vec<SiftedSeen>,
+    pub derived: Vec<DerivedSeen>,
 }
 
 /// A reader's hold on a feed: while there is one, the feed is kept.
@@ -143,7 +129,7 @@ pub(super) struct Reader {
     pub(super) feed: Arc<Feed>,
     pub(super) hub: Hub,
     /// The part of the feed that it wants, if that is not all.
-    sifted: Option<Arc<Sifted>>,
+    derived: Option<Arc<Derived>>,
 }
 
 impl AsRef<Readers> for Feed {
@@ -171,49 +157,58 @@ impl Drop for Reader {
 
 impl Reader {
     pub(super) fn new(feed: Arc<Feed>, hub: Hub) -> Reader {
-        Reader { feed, hub, sifted: None }
+        Reader { feed, hub, derived: None }
     }
 
-    /// From now on the reader wants what passes a sieve. The feed has started.
-    pub(super) fn sift(&mut self, sieve: &Sieve) {
-        let mut state = self.feed.state();
+    /// From now on the reader wants this part of the feed, which has started.
+    pub(super) fn select(&mut self, selection: &Selection) {
+        let mut all = self.feed.derived();
         // A feed may be quiet for long, while readers come and go.
-        state.sifted.retain(|sifted| sifted.strong_count() > 0);
-        let known = state.sifted().find(|sifted| sifted.sieve == *sieve);
-        self.sifted = Some(known.unwrap_or_else(|| {
-            let log = Log::from(state.log.proven(), state.log.newest(), &self.hub.0.memory);
-            let sifted = Arc::new(Sifted::new(sieve.clone(), log));
-            if state.closed {
-                sifted.close();
-            }
-            state.sifted.push(Arc::downgrade(&sifted));
-            sifted
-        }));
+        all.retain(|derived| derived.strong_count() > 0);
+        let alive = || all.iter().filter_map(Weak::upgrade);
+        if let Some(known) = alive().find(|derived| derived.selection == *selection) {
+            self.derived = Some(known);
+            return;
+        }
+        // Beside those with the same sieve.
+        let is_beside = |derived: &Weak<Derived>| {
+            derived.upgrade().is_some_and(|derived| derived.selection.sieve == selection.sieve)
+        };
+        let at = all.iter().position(is_beside).unwrap_or(all.len());
+        let mut state = self.feed.state();
+        let derived = Arc::new(Derived::new(selection.clone(), &self.hub, &state.log));
+        if state.closed {
+            derived.close();
+        }
+        state.is_derived = true;
+        drop(state);
+        all.insert(at, Arc::downgrade(&derived));
+        self.derived = Some(derived);
     }
 
-    /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
+    /// What comes after `position` but for what the reader `skips`: as much as there is room for, but at least one block.
     pub(super) fn take(
         &self,
         position: u64,
         (format, memory): (Format, &Memory),
-        bytes_max: usize,
+        room: Room,
         skips: impl Fn(&Event) -> bool,
     ) -> Take {
         let encoder = Encoder { epoch: self.feed.epoch(), format, memory };
-        match &self.sifted {
-            Some(sifted) => sifted.take(position, encoder, bytes_max, skips),
-            None => self.feed.take(position, encoder, bytes_max, skips),
+        match &self.derived {
+            Some(derived) => derived.take(position, encoder, room, skips),
+            None => self.feed.take(position, encoder, room, skips),
         }
     }
 
     /// How far a reader at `position` may say that it is: up to what is proven, if nothing that it wants lies in between.
     pub(super) fn settled(&self, position: u64) -> u64 {
-        self.sifted.as_ref().map_or_else(|| self.feed.settled(position), |sifted| sifted.settled(position))
+        self.derived.as_ref().map_or_else(|| self.feed.settled(position), |derived| derived.settled(position))
     }
 
     /// The wakers of the readers that want the same.
     pub(super) fn listeners(&self) -> &Listeners {
-        self.sifted.as_ref().map_or(&self.feed.listeners, |sifted| &sifted.listeners)
+        self.derived.as_ref().map_or(&self.feed.listeners, |derived| &derived.listeners)
     }
 
     /// Starts the feed unless it has been.
@@ -273,6 +268,7 @@ impl Feed {
             ear: OnceLock::new(),
             state: Mutex::default(),
             listeners: Listeners::default(),
+            derived: Mutex::default(),
         }
     }
 
@@ -280,20 +276,20 @@ impl Feed {
         self.epoch.initialized()
     }
 
-    fn epoch(&self) -> Epoch {
+    pub(super) fn epoch(&self) -> Epoch {
         *self.epoch.get().expect("a feed is read only once it has started")
     }
 
     /// Gives most of the memory of its log back.
     pub(super) fn shrink(&self) {
-        let mut state = self.state();
-        state.log.shrink();
-        state.sifted().for_each(|sifted| sifted.shrink());
+        self.state().log.shrink();
+        self.each_derived(|derived| derived.shrink());
     }
 
-    /// How many other sieves its readers have.
-    pub(super) fn other_sieves(&self, sieve: &Sieve) -> usize {
-        self.state().sifted().filter(|sifted| sifted.sieve != *sieve).count()
+    /// How many other parts of it its readers want.
+    pub(super) fn other_selections(&self, selection: &Selection) -> usize {
+        let all = self.derived();
+        all.iter().filter_map(Weak::upgrade).filter(|derived| derived.selection != *selection).count()
     }
 
     pub(super) fn proven(&self) -> u64 {
@@ -304,7 +300,7 @@ impl Feed {
     pub(super) fn newest_sequence(&self) -> u64 {
         let state = self.state();
         let proven = state.log.proven();
-        let waiting = state.repair.as_ref().map_or(0, Repair::newest_sequence);
+        let waiting = state.repair.as_ref().map_or(0, |repair| repair.newest_sequence(self.epoch()));
         proven.max(waiting)
     }
 
@@ -324,12 +320,9 @@ impl Feed {
 
     /// Closes the feed: its readers resume with another feed, and its tasks stop reading.
     pub(super) fn close(&self) {
-        let mut state = self.state();
-        state.closed = true;
-        let sifted: Vec<_> = state.sifted().collect();
-        drop(state);
+        self.state().closed = true;
         self.listeners.wake();
-        sifted.iter().for_each(|sifted| sifted.close());
+        self.each_derived(|derived| derived.close());
     }
 
     /// Forgets events before `first`, which are gone, whether they are in the log or wait to be considered.
@@ -341,10 +334,9 @@ impl Feed {
         {
             *repair = Repair { resync: Some(Resync::new("overflow")), until: repair.until, ..Repair::default() };
         }
-        let sifted: Vec<_> = state.sifted().collect();
         drop(state);
         self.listeners.wake();
-        sifted.iter().for_each(|sifted| sifted.forget_before(first));
+        self.each_derived(|derived| derived.forget_before(first));
     }
 
     /// Holds what is known of the stream against the feed: the filter's last event that was kept is `last`.
@@ -359,7 +351,7 @@ impl Feed {
         let is_same_stream = self.epoch() == known.epoch;
         if is_same_stream && last > 0 && last <= log.proven() {
             log.prove(known.as_of);
-            state.hand_on(hub);
+            self.hand_on(hub, state, false);
             return;
         }
         let behind = known.as_of.saturating_sub(log.proven());
@@ -371,9 +363,9 @@ impl Feed {
         }
     }
 
-    fn take(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Take {
+    fn take(&self, position: u64, encoder: Encoder<'_>, room: Room, skips: impl Fn(&Event) -> bool) -> Take {
         let state = self.state();
-        if state.closed { Take::Closed } else { state.log.take(position, encoder, bytes_max, skips) }
+        if state.closed { Take::Closed } else { state.log.take(position, encoder, room, skips) }
     }
 
     /// How far a reader at `position` may say that it is: up to what is proven, if nothing lies in between.
@@ -384,14 +376,17 @@ impl Feed {
     }
 
     /// See [`Hub::behind`].
-    pub(super) fn behind(&self, sieve: Option<&Sieve>, epoch: Epoch, position: u64) -> Option<u64> {
+    pub(super) fn behind(&self, selection: &Selection, epoch: Epoch, position: u64) -> Option<u64> {
         self.epoch.get().filter(|own| own.is_named(epoch))?;
-        let sifted = sieve.and_then(|sieve| self.state().sifted().find(|sifted| sifted.sieve == *sieve));
-        let settled = sifted.map_or_else(|| self.settled(position), |sifted| sifted.settled(position));
+        let derived = self.derived().iter().filter_map(Weak::upgrade).find(|derived| derived.selection == *selection);
+        let settled = derived.map_or_else(|| self.settled(position), |derived| derived.settled(position));
         Some(self.proven().saturating_sub(settled))
     }
 
     pub(super) fn seen(&self) -> Seen {
+        let mut derived = vec![];
+        // One for this function.
+        self.each_derived(|one| derived.push(one.seen(Arc::strong_count(one) - 1)));
         let state = self.state();
         let sequence = state.log.proven();
         Seen {
@@ -401,8 +396,7 @@ impl Feed {
             events: state.log.len(),
             bytes: state.log.bytes(),
             in_doubt: state.repair.is_some(),
-            // One for this function.
-            sifted: state.sifted().map(|sifted| sifted.seen(Arc::strong_count(&sifted) - 1)).collect(),
+            derived,
         }
     }
 
@@ -411,8 +405,45 @@ impl Feed {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn derived(&self) -> MutexGuard<'_, Vec<Weak<Derived>>> {
+        self.derived.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn each_derived(&self, act: impl FnMut(&Arc<Derived>)) {
+        let all: Vec<_> = self.derived().iter().filter_map(Weak::upgrade).collect();
+        all.iter().for_each(act);
+    }
+
+    /// Ends a change of the log: its readers are woken, if it has moved; what is new is handed on to derived feeds, without these
+    /// readers waiting for that; and the oldest is forgotten while there is too much.
+    fn hand_on(self: &Arc<Feed>, hub: &Hub, mut state: MutexGuard<'_, State>, has_moved: bool) {
+        let limits = &hub.0.settings.feed;
+        let is_derived = state.is_derived;
+        if !is_derived {
+            state.log.evict(limits);
+        }
+        drop(state);
+        if has_moved {
+            self.listeners.wake();
+        }
+        if !is_derived {
+            return;
+        }
+        let mut all = self.derived();
+        all.retain(|derived| derived.strong_count() > 0);
+        let alive: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
+        let mut state = self.state();
+        state.is_derived = !alive.is_empty();
+        let news = alive.iter().map(|derived| derived.heard()).min().map(|from| state.log.news(from));
+        state.log.evict(limits);
+        drop(state);
+        if let Some(news) = news {
+            derived::hand_on(hub, self, &alive, &news);
+        }
+    }
+
     /// A task of the feed's own. If it panics, the feed ends, and its readers resume with another.
-    fn retired_by_panic<T: Future<Output = ()>>(
+    pub(super) fn retired_by_panic<T: Future<Output = ()>>(
         self: &Arc<Feed>,
         hub: &Hub,
         task: T,
@@ -447,15 +478,12 @@ impl Feed {
                 }
             }
         }
-        let moved = state.log.proven() > before;
-        if moved {
-            state.hand_on(hub);
+        let has_moved = state.log.proven() > before;
+        match has_moved {
+            true => self.hand_on(hub, state, true),
+            false => drop(state),
         }
-        drop(state);
         hub.0.metrics.events_received.inc_by(heard);
-        if moved {
-            self.listeners.wake();
-        }
         if let Some(resync) = resync {
             self.begin_repair(hub, resync);
         }
@@ -554,16 +582,13 @@ impl Feed {
             }
         }
         log.prove(page.proven);
-        state.hand_on(hub);
-        let sifted: Vec<_> = state.sifted().collect();
-        drop(state);
-        self.listeners.wake();
+        self.hand_on(hub, state, true);
         // Some wait for what was read, even if nothing passes.
-        sifted.iter().for_each(|sifted| sifted.listeners.wake());
+        self.each_derived(|derived| derived.listeners.wake());
     }
 
     /// Considers what came up during a repair, and says whether another one is due.
-    fn end_repair(&self, hub: &Hub) -> Option<Resync> {
+    fn end_repair(self: &Arc<Feed>, hub: &Hub) -> Option<Resync> {
         let mut state = self.state();
         let before = state.log.proven();
         let mut repair = state.repair.take().expect("a repair ends once");
@@ -579,21 +604,18 @@ impl Feed {
             repair.held.iter_mut().for_each(|held| held.resize(repair.waiting_bytes));
             state.repair = Some(repair);
         }
-        let moved = state.log.proven() > before;
-        state.hand_on(hub);
-        drop(state);
-        if moved {
-            self.listeners.wake();
-        }
+        let has_moved = state.log.proven() > before;
+        self.hand_on(hub, state, has_moved);
         resync
     }
 }
 
 impl Repair {
-    fn newest_sequence(&self) -> u64 {
+    /// Of what waits, as far as it is of this incarnation of the stream.
+    fn newest_sequence(&self, own: Epoch) -> u64 {
         let waiting = self.waiting.iter().map(|hint| match hint {
-            Hint::Stored { event, .. } => event.sequence,
-            Hint::Lost => 0,
+            Hint::Stored { event, epoch, .. } if *epoch == own => event.sequence,
+            Hint::Stored { .. } | Hint::Lost => 0,
         });
         let resync = self.resync.and_then(|resync| resync.until);
         waiting.chain(self.until).chain(resync).max().unwrap_or(0)

@@ -2,7 +2,10 @@
 //!
 //! Invariant: the log holds every event of its filter in `(base, proven]`, and nothing past `proven`.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 
@@ -10,7 +13,7 @@ use super::{
     Proof,
     encoded::{EncodedEvent, Encoder},
     feed::Take,
-    slice::{Item, Slice},
+    slice::{Item, Room, Slice},
 };
 use crate::{
     broker::Hint,
@@ -25,7 +28,7 @@ const ENTRY_OVERHEAD_BYTES: usize = 300;
 
 #[derive(Default)]
 pub(super) struct Log {
-    /// Shared with sifted feeds. (And boxed: most feeds hold few, or none, and a queue keeps room for several.)
+    /// Shared with derived feeds. (And boxed: most feeds hold few, or none, and a queue keeps room for several.)
     entries: VecDeque<Arc<Entry>>,
     bytes: usize,
     /// What the entries take as they came: half of `bytes`. `None` before the feed has started.
@@ -36,10 +39,19 @@ pub(super) struct Log {
     newest: Option<Timestamp>,
 }
 
-struct Entry {
+pub(super) struct Entry {
     sequence: u64,
-    bytes: usize,
+    pub bytes: usize,
     content: Content,
+}
+
+/// What a log has beyond a sequence.
+pub(super) struct News {
+    /// What came before has been forgotten.
+    pub base: u64,
+    pub entries: Vec<Arc<Entry>>,
+    pub proven: u64,
+    pub newest: Option<Timestamp>,
 }
 
 pub(super) enum Content {
@@ -179,38 +191,52 @@ impl Log {
         }
     }
 
-    /// Takes over what another log has beyond this one's end, but for events that do not pass. Returns how many events passed, of how
-    /// many.
-    pub fn take_over(&mut self, other: &Log, passes: impl Fn(&Event) -> bool) -> (u64, u64) {
-        let (mut passed, mut seen) = (0, 0);
-        for entry in other.entries.range(other.after(self.proven)..) {
-            let event = entry.event();
-            seen += u64::from(event.is_some());
-            if event.is_none_or(&passes) {
-                passed += u64::from(event.is_some());
-                self.bytes += entry.bytes;
-                self.entries.push_back(entry.clone());
-            }
-        }
-        self.proven = self.proven.max(other.proven);
-        self.newest = self.newest.max(other.newest);
+    /// What there is beyond a sequence.
+    pub fn news(&self, from: u64) -> News {
+        let entries = self.entries.range(self.after(from)..).cloned().collect();
+        News { base: self.base, entries, proven: self.proven, newest: self.newest }
+    }
+
+    /// Takes over what follows its end, which is all there is up to `proven`.
+    pub fn take_over(&mut self, entries: Vec<Arc<Entry>>, proven: u64, newest: Option<Timestamp>) {
+        self.bytes += entries.iter().map(|entry| entry.bytes).sum::<usize>();
+        self.entries.extend(entries);
+        self.proven = self.proven.max(proven);
+        self.newest = self.newest.max(newest);
         self.count();
-        (passed, seen)
+    }
+
+    /// Forgets what is older than an event of the same subject among `newer`, which follow its end.
+    pub fn forget_older(&mut self, newer: &[Arc<Entry>]) {
+        let subjects: HashSet<_> = newer.iter().filter_map(|entry| entry.event()).map(|event| &event.subject).collect();
+        self.entries.retain(|entry| {
+            let is_kept = entry.event().is_none_or(|event| !subjects.contains(&event.subject));
+            self.bytes -= if is_kept { 0 } else { entry.bytes };
+            is_kept
+        });
+    }
+
+    /// Forgets everything: it begins anew behind `sequence`.
+    pub fn begin_anew(&mut self, sequence: u64) {
+        self.entries.clear();
+        (self.bytes, self.base) = (0, sequence);
+        self.prove(sequence);
+        self.count();
     }
 
     /// What a reader finds at its position.
-    pub fn take(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Take {
+    pub fn take(&self, position: u64, encoder: Encoder<'_>, room: Room, skips: impl Fn(&Event) -> bool) -> Take {
         if self.has_forgotten(position) {
             return Take::Behind;
         }
-        let slice = self.read(position, encoder, bytes_max, skips);
+        let slice = self.read(position, encoder, room, skips);
         if slice.reached == position { Take::Nothing } else { Take::Slice(slice) }
     }
 
-    /// What comes after `position` but for what the reader `skips`: at most `bytes_max` of it, but at least one block.
-    fn read(&self, position: u64, encoder: Encoder<'_>, bytes_max: usize, skips: impl Fn(&Event) -> bool) -> Slice {
+    /// What comes after `position` but for what the reader `skips`: as much as there is room for, but at least one block.
+    fn read(&self, position: u64, encoder: Encoder<'_>, room: Room, skips: impl Fn(&Event) -> bool) -> Slice {
         let entries = self.entries.range(self.after(position)..).map(|entry| &**entry);
-        Slice::of(entries, position, encoder, bytes_max, skips)
+        Slice::of(entries, position, encoder, room, skips)
     }
 
     /// When the event with this sequence was stored, if it is remembered.

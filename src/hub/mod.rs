@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! broker hints --> Feed (proves, remembers) --> Cursor (one client's place) --> delivery
-//! broker history <---- repair ----'     <- Pages <- catch-up'   (read once for all clients at the same position)
+//!                   |    '-> Derived (a part of it, selected once for all who want it) -'
+//! broker history <--+-- repair     <- Pages <- catch-up of cursors   (read once for all clients at the same position)
 //! ```
 
 #[cfg(test)]
 mod broken_connections;
 mod cursor;
+mod derived;
 mod encoded;
 mod ends;
 mod feed;
@@ -22,15 +24,16 @@ mod place;
 mod progress;
 mod reader_map;
 mod resume;
-mod sifted;
 #[cfg(test)]
-mod sifting;
+mod selecting;
 mod slice;
 #[cfg(test)]
 mod tests;
 mod witnesses;
 
 use std::{
+    collections::HashMap,
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -41,20 +44,22 @@ use std::{
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 
+use self::{
+    cursor::Wanted,
+    encoded::EncodedEvent,
+    feed::{Feed, Reader},
+    pages::{Asked, Pages, SharedPage},
+    place::Snapshot,
+    reader_map::{ReaderMap, Removed},
+    witnesses::Witnesses,
+};
 pub use self::{
     cursor::{Cursor, Frame},
+    derived::{DerivedSeen, Selection},
     ends::{Completed, Ends, Until},
     feed::Seen as FeedSeen,
     progress::Progress,
     resume::{NewFilters, Opening, Start, StartAt},
-    sifted::SiftedSeen,
-};
-use self::{
-    feed::{Feed, Reader},
-    pages::{Pages, SharedPage},
-    place::Snapshot,
-    reader_map::{ReaderMap, Removed},
-    witnesses::Witnesses,
 };
 use crate::{
     backoff::{Backoff, jittered},
@@ -63,9 +68,9 @@ use crate::{
     event::{Epoch, Event},
     memory::{Held, Memory, Part},
     metrics::Metrics,
+    pace::Pace,
     panics,
     shutdown::Tasks,
-    sieve::Sieve,
     subject::Filter,
     wire::Format,
 };
@@ -82,6 +87,8 @@ mod sync {
 const FORGET: Duration = Duration::from_secs(1);
 /// Logs of feeds are not shrunk more often than this.
 const RECLAIM_PAUSE: Duration = Duration::from_millis(200);
+/// Pages of history that are looked at for the last event of each subject before a client hears of it.
+const PAGES_AT_ONCE: usize = 64;
 /// Exact filters that one audit request asks for together.
 const AUDIT_SUBJECTS_MAX: usize = 256;
 
@@ -119,6 +126,23 @@ pub struct Settings {
     pub read_bytes: usize,
     /// What is believed of hints.
     pub proof: Proof,
+}
+
+/// What a client wants of its filters, from where it begins.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    pub format: Format,
+    pub ends: Ends,
+    pub selection: Selection,
+    /// Most events in a second.
+    pub rate: Option<NonZeroU32>,
+}
+
+impl Wish {
+    /// All events in this format, as they come.
+    pub fn all(format: Format) -> Wish {
+        Wish { format, ends: Ends::default(), selection: Selection::default(), rate: None }
+    }
 }
 
 /// What is believed of the broker's hints.
@@ -165,9 +189,7 @@ impl Hub {
         &self,
         filters: &[Filter],
         start: Start,
-        format: Format,
-        ends: Ends,
-        sieve: Option<Sieve>,
+        wish: Wish,
     ) -> Result<(Opening, Cursor), BrokerError> {
         let resumes = start.last_event_id.is_some();
         // An EventSource that comes back with an id repeats its URL: what it asked for holds.
@@ -185,8 +207,10 @@ impl Hub {
         };
         let is_whole = |snapshot: &Snapshot| snapshot.places.len() == found.places.len();
         let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.as_ref().is_some_and(is_whole));
-        let remaining = resume::remaining(self, &found, ends).await?;
-        let cursor = Cursor::new(self.clone(), (format, new), (not_before, sieve), found, remaining);
+        let remaining = resume::remaining(self, &found, wish.ends).await?;
+        let pace = wish.rate.map(Pace::new);
+        let wanted = Wanted { format: wish.format, new, not_before, selection: wish.selection };
+        let cursor = Cursor::new(self.clone(), wanted, found, remaining, pace);
         let opening = match gap {
             Some((requested, reason)) => Opening::Gap(self.gap(&requested, &cursor.position(), reason)),
             None if is_snapshot => Opening::Snapshot,
@@ -222,13 +246,13 @@ impl Hub {
 
     /// How many sequences a reader at `position` is behind what is proven; 0 if nothing that it reads lies in between.
     /// `None` if the feed of its filter is gone, or is of another stream.
-    pub fn behind(&self, filter: &Filter, sieve: Option<&Sieve>, epoch: Epoch, position: u64) -> Option<u64> {
-        self.0.feeds.get(filter)?.behind(sieve, epoch, position)
+    pub fn behind(&self, filter: &Filter, selection: &Selection, epoch: Epoch, position: u64) -> Option<u64> {
+        self.0.feeds.get(filter)?.behind(selection, epoch, position)
     }
 
-    /// How many other sieves the readers of a filter have.
-    pub fn other_sieves(&self, filter: &Filter, sieve: &Sieve) -> usize {
-        self.0.feeds.get(filter).map_or(0, |feed| feed.other_sieves(sieve))
+    /// How many other parts of a filter its readers want.
+    pub fn other_selections(&self, filter: &Filter, selection: &Selection) -> usize {
+        self.0.feeds.get(filter).map_or(0, |feed| feed.other_selections(selection))
     }
 
     /// The feeds of the filters after this text: the first so many, by name.
@@ -261,18 +285,14 @@ impl Hub {
         Ok((page, read_at, held))
     }
 
-    /// The page after a place, read once for all clients that come for it at about the same time.
-    async fn read_shared(&self, epoch: Epoch, filter: &Filter, after: u64) -> Result<Arc<SharedPage>, BrokerError> {
+    /// What is selected of the page after a place, read once for all clients that come for it at about the same time.
+    async fn read_shared(&self, epoch: Epoch, asked: &Asked) -> Result<Arc<SharedPage>, BrokerError> {
         loop {
-            let flight = self.0.pages.flight(filter, after);
+            let flight = self.0.pages.flight(asked);
             let was_there = flight.initialized();
-            let read = || async {
-                let read = Read { filter: filter.clone(), from: ReadFrom::After(after), until: 0 };
-                let (page, read_at, held) = self.read_history(read).await?;
-                Ok::<_, BrokerError>(Arc::new(SharedPage::new(page, read_at, held)))
-            };
+            let read = || async { Ok::<_, BrokerError>(Arc::new(self.page(epoch, asked).await?)) };
             let page = flight.get_or_try_init(read).await?.clone();
-            if page.proven <= after || page.epoch != epoch {
+            if page.proven <= asked.after || page.epoch != epoch {
                 self.0.pages.forget(&flight);
             }
             if was_there && page.epoch != epoch {
@@ -284,6 +304,80 @@ impl Hub {
             }
             return Ok(page);
         }
+    }
+
+    async fn page(&self, epoch: Epoch, asked: &Asked) -> Result<SharedPage, BrokerError> {
+        let Asked { filter, after, selection } = asked;
+        match selection {
+            Selection { sieve: None, every: None } => {
+                let read = Read { filter: filter.clone(), from: ReadFrom::After(*after), until: 0 };
+                let (page, read_at, held) = self.read_history(read).await?;
+                Ok(SharedPage::new(page, read_at, held))
+            }
+            Selection { sieve: Some(sieve), every: None } => {
+                let all = Asked { selection: Selection::default(), ..asked.clone() };
+                let page = Box::pin(self.read_shared(epoch, &all)).await?;
+                let events = self.sift(page.epoch, sieve, &page.events, |encoded| &encoded.event);
+                Ok(page.part(events, &self.0.memory))
+            }
+            Selection { every: Some(_), .. } => self.read_last(epoch, asked, None).await,
+        }
+    }
+
+    /// The last event of each subject after a place, of what passes the sieve: as of `last`, or the newest there is. As much as goes
+    /// into one page.
+    async fn read_last(&self, epoch: Epoch, asked: &Asked, last: Option<u64>) -> Result<SharedPage, BrokerError> {
+        if asked.selection.sieve.is_some() {
+            return Box::pin(self.gather(epoch, asked, last)).await;
+        }
+        let read_at = self.removals();
+        let read = SnapshotRead { filters: vec![asked.filter.clone()], after: asked.after, as_of: last };
+        let (SnapshotPage { epoch, events, reached, .. }, held) = self.read_snapshot(read).await?;
+        // A snapshot does not say what is missing.
+        let Bounds { epoch: now, first, .. } = self.0.broker.bounds().await?;
+        let page = Page { epoch, start: asked.after, first, events, proven: reached, more: true };
+        // Of a stream that was made again meanwhile, it is of none.
+        let page = if now == epoch { page } else { Page { epoch: now, events: vec![], ..page } };
+        Ok(SharedPage::new(page, read_at, held))
+    }
+
+    /// The same where a sieve decides which event is a subject's last: all events are looked at.
+    async fn gather(&self, epoch: Epoch, asked: &Asked, last: Option<u64>) -> Result<SharedPage, BrokerError> {
+        let every_one = |after| Asked {
+            after,
+            filter: asked.filter.clone(),
+            selection: Selection { sieve: asked.selection.sieve.clone(), every: None },
+        };
+        let limits = &self.0.settings.feed;
+        let end = last.or_else(|| self.0.feeds.get(&asked.filter).map(|feed| feed.proven())).unwrap_or(0);
+        let first = self.read_shared(epoch, &every_one(asked.after)).await?;
+        let mut gathered = HashMap::new();
+        let mut bytes = 0;
+        let (mut page, mut proven, mut pages) = (first.clone(), asked.after, 0);
+        loop {
+            for encoded in page.events.iter().filter(|encoded| last.is_none_or(|last| encoded.event.sequence <= last)) {
+                bytes += encoded.bytes();
+                let older = gathered.insert(encoded.event.subject.clone(), encoded.clone());
+                bytes -= older.map_or(0, |older| older.bytes());
+            }
+            let has_moved = page.proven > proven;
+            (proven, pages) = (page.proven.max(proven), pages + 1);
+            let is_full = gathered.len() >= limits.events || bytes >= limits.bytes || pages == PAGES_AT_ONCE;
+            if proven >= end || is_full || !has_moved {
+                break;
+            }
+            page = self.read_shared(epoch, &every_one(proven)).await?;
+            if page.epoch != epoch || page.first > proven + 1 {
+                // The next read tells what that means.
+                break;
+            }
+        }
+        let mut events: Vec<_> = gathered.into_values().collect();
+        events.sort_unstable_by_key(|encoded: &Arc<EncodedEvent>| encoded.event.sequence);
+        let proven = last.map_or(proven, |last| proven.min(last));
+        let mut found = first.part(events, &self.0.memory);
+        found.proven = proven;
+        Ok(found)
     }
 
     /// Reads a page of a snapshot for a client, in its turn.

@@ -4,6 +4,7 @@
 //! two things that are ready a task takes first.
 
 mod client;
+mod selections;
 mod stream;
 
 use std::{sync::Arc, time::Duration};
@@ -14,6 +15,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 
 use self::{
     client::{Begin, Client},
+    selections::{WANTED, Wanted},
     stream::{SUBJECTS, Scripted, Streams},
 };
 use super::*;
@@ -59,6 +61,7 @@ pub enum Step {
         client: usize,
         filters: &'static [&'static str],
         begin: Begin,
+        wanted: &'static Wanted,
     },
     /// The client is written what there is, of which so many frames arrive. None: the connection breaks.
     Take {
@@ -72,8 +75,10 @@ pub enum Step {
     Leave {
         client: usize,
     },
+    /// It comes back, and may want something else now.
     Return {
         client: usize,
+        wanted: Option<&'static Wanted>,
     },
     /// Tasks run a little, or until all of them wait.
     Run {
@@ -104,6 +109,7 @@ impl ReferenceStateMachine for Streams {
 
     fn transitions(_: &Streams) -> BoxedStrategy<Step> {
         let client = || 0..CLIENTS;
+        let wanted = || prop_oneof![2 => Just(&WANTED[0]), 3 => (0..WANTED.len()).prop_map(|number| &WANTED[number])];
         let fate = prop_oneof![
             4 => Just(Fate::Told),
             2 => Just(Fate::Dropped),
@@ -131,14 +137,14 @@ impl ReferenceStateMachine for Streams {
             2 => any::<Index>().prop_map(Step::Remove),
             1 => Just(Step::Purge),
             1 => Just(Step::Recreate),
-            8 => (client(), prop::sample::select(FILTERS), begin)
-                .prop_map(|(client, filters, begin)| Step::Join { client, filters, begin }),
+            8 => (client(), prop::sample::select(FILTERS), begin, wanted())
+                .prop_map(|(client, filters, begin, wanted)| Step::Join { client, filters, begin, wanted }),
             20 => (client(), 0usize..5).prop_map(|(client, arrive)| Step::Take { client, arrive }),
             4 => client().prop_map(|client| Step::Beat { client }),
             3 => client().prop_map(|client| Step::Leave { client }),
-            6 => client().prop_map(|client| Step::Return { client }),
+            6 => (client(), prop::option::weighted(0.3, wanted())).prop_map(|(client, wanted)| Step::Return { client, wanted }),
             10 => prop_oneof![Just(1usize), Just(2), Just(50)].prop_map(|turns| Step::Run { turns }),
-            3 => prop_oneof![Just(Duration::from_secs(2)), Just(SETTLES)].prop_map(Step::Wait),
+            5 => prop::sample::select(vec![Duration::from_millis(150), Duration::from_secs(2), SETTLES]).prop_map(Step::Wait),
         ]
         .boxed()
     }
@@ -207,19 +213,19 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
                 Step::Lag { reads, events } => broker.lag(reads, events),
                 Step::Hurry { audits, events } => broker.hurry(audits, events),
                 Step::Expire(_) | Step::Remove(_) | Step::Purge | Step::Recreate => {}
-                Step::Join { client, filters, begin } => {
+                Step::Join { client, filters, begin, wanted } => {
                     let at = match begin {
                         Begin::WhereIs(other) => clients[other].position.clone().map(StartAt::After),
                         _ => begin.start(streams),
                     };
                     if let Some(at) = at {
-                        clients[client] = Client::join(hub, streams, filters, at).await;
+                        clients[client] = Client::join(hub, streams, filters, at, wanted).await;
                     }
                 }
                 Step::Take { client, arrive } => clients[client].take(streams, arrive).await,
                 Step::Beat { client } => clients[client].beat(streams),
                 Step::Leave { client } => clients[client].leave(),
-                Step::Return { client } => clients[client].come_back(hub, streams).await,
+                Step::Return { client, wanted } => clients[client].come_back(hub, streams, wanted).await,
                 Step::Run { turns } => run(turns).await,
                 Step::Wait(time) => tokio::time::sleep(time).await,
             }
@@ -234,7 +240,7 @@ impl<const TRUSTS_HINTS: bool> StateMachineTest for World<TRUSTS_HINTS> {
             broker.recover();
             tokio::time::sleep(SETTLES).await;
             for client in &mut *clients {
-                client.come_back(hub, &streams).await;
+                client.come_back(hub, &streams, None).await;
                 client.take_all(&streams).await;
                 client.check(&streams);
             }
@@ -275,7 +281,11 @@ fn without_proofs_the_model_finds_losses() {
 fn a_stream_made_again_in_the_middle_of_an_audit_stops_no_later_one() {
     for turns in 0..8 {
         let publish = || Step::Publish { subject: 0, hint: Fate::Told };
-        let mut steps = vec![Step::Join { client: 0, filters: &["a.0"], begin: Begin::Now }, publish(), publish()];
+        let mut steps = vec![
+            Step::Join { client: 0, filters: &["a.0"], begin: Begin::Now, wanted: &WANTED[0] },
+            publish(),
+            publish(),
+        ];
         steps.extend([Step::Wait(SETTLES), Step::Resync, Step::Run { turns }, Step::Recreate, publish()]);
         World::<false>::test_sequential(Cases::default(), Streams::new(), steps, None);
     }

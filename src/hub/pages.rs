@@ -11,8 +11,13 @@ use std::{
 
 use tokio::sync::OnceCell;
 
-use super::encoded::EncodedEvent;
-use crate::{broker::Page, event::Epoch, memory::Held, subject::Filter};
+use super::{derived::Selection, encoded::EncodedEvent};
+use crate::{
+    broker::Page,
+    event::Epoch,
+    memory::{Held, Memory, Part},
+    subject::Filter,
+};
 
 /// A page that was not asked for during this time is let go of...
 const UNUSED_MAX: Duration = Duration::from_secs(2);
@@ -25,9 +30,16 @@ pub(super) struct Pages {
     pages_max: usize,
 }
 
+/// Which page.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Asked {
+    pub after: u64,
+    pub filter: Filter,
+    pub selection: Selection,
+}
+
 struct Recent {
-    filter: Filter,
-    after: u64,
+    asked: Asked,
     since: Instant,
     used: Instant,
     flight: Flight,
@@ -41,7 +53,7 @@ pub(super) struct SharedPage {
     pub epoch: Epoch,
     pub first: u64,
     pub proven: u64,
-    pub events: Vec<EncodedEvent>,
+    pub events: Vec<Arc<EncodedEvent>>,
     /// How often something had been removed from the stream when it was read.
     read_at: u64,
     _held: Held,
@@ -59,18 +71,18 @@ impl Pages {
         Pages { recent: Mutex::default(), pages_max }
     }
 
-    /// The page of `filter` after a sequence, which may be there, on its way, or not yet asked for.
-    pub fn flight(&self, filter: &Filter, after: u64) -> Flight {
+    /// A page, which may be there, on its way, or not yet asked for.
+    pub fn flight(&self, asked: &Asked) -> Flight {
         let now = Instant::now();
         let mut recent = self.recent();
         Pages::let_go(&mut recent, now);
-        let found = recent.iter_mut().find(|page| page.after == after && page.filter == *filter);
+        let found = recent.iter_mut().find(|page| page.asked == *asked);
         if let Some(found) = found {
             found.used = now;
             return found.flight.clone();
         }
         let flight = Flight::default();
-        recent.push_back(Recent { filter: filter.clone(), after, since: now, used: now, flight: flight.clone() });
+        recent.push_back(Recent { asked: asked.clone(), since: now, used: now, flight: flight.clone() });
         if recent.len() > self.pages_max {
             recent.pop_front();
         }
@@ -84,7 +96,7 @@ impl Pages {
 
     /// Lets go of pages that may hold something from before this sequence.
     pub fn forget_before(&self, first: u64) {
-        self.recent().retain(|page| page.after.saturating_add(1) >= first);
+        self.recent().retain(|page| page.asked.after.saturating_add(1) >= first);
     }
 
     /// Lets go of all pages but those that are being read.
@@ -109,9 +121,16 @@ impl Pages {
 impl SharedPage {
     /// A page with what counts its bytes, read when something had been removed from the stream so often.
     pub fn new(page: Page, read_at: u64, mut held: Held) -> SharedPage {
-        let events: Vec<_> = page.events.into_iter().map(EncodedEvent::new).collect();
-        held.resize(events.iter().map(EncodedEvent::bytes).sum());
+        let events: Vec<_> = page.events.into_iter().map(|event| Arc::new(EncodedEvent::new(event))).collect();
+        held.resize(events.iter().map(|encoded| encoded.bytes()).sum());
         SharedPage { epoch: page.epoch, first: page.first, proven: page.proven, events, read_at, _held: held }
+    }
+
+    /// The same page with some events only.
+    pub fn part(&self, events: Vec<Arc<EncodedEvent>>, memory: &Memory) -> SharedPage {
+        let held = memory.hold(Part::Pages, events.iter().map(|encoded| encoded.bytes()).sum());
+        let SharedPage { epoch, first, proven, read_at, .. } = *self;
+        SharedPage { epoch, first, proven, events, read_at, _held: held }
     }
 }
 
@@ -132,8 +151,25 @@ impl Ahead {
         self.page.as_ref().is_some_and(|page| page.read_at < removals || is_gone(page))
     }
 
-    pub fn events(&self) -> &[EncodedEvent] {
-        self.page.as_ref().map_or(&[], |page| &page.events[self.next..])
+    pub fn events(&self) -> impl Iterator<Item = &EncodedEvent> {
+        self.page.iter().flat_map(|page| &page.events[self.next..]).map(|encoded| &**encoded)
+    }
+
+    /// Keeps what `select` leaves of its events, which may be nothing.
+    pub fn select(&mut self, memory: &Memory, select: impl FnOnce(&[Arc<EncodedEvent>]) -> Vec<Arc<EncodedEvent>>) {
+        if let Some(page) = self.page.take() {
+            let selected = page.part(select(&page.events[self.next..]), memory);
+            *self = Ahead::after(Arc::new(selected), 0);
+        }
+    }
+
+    /// Keeps the first so many events: where that is not all of them, and how far these go.
+    pub fn truncate(&mut self, count: usize, memory: &Memory) -> Option<u64> {
+        let page = self.page.as_ref().filter(|page| page.events.len() - self.next > count)?;
+        let kept = page.events[self.next..][..count].to_vec();
+        let reached = kept.last()?.event.sequence;
+        *self = Ahead { page: Some(Arc::new(page.part(kept, memory))), next: 0 };
+        Some(reached)
     }
 
     /// Goes on to what follows `position`; the page is let go of behind its last event.

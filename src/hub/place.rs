@@ -84,4 +84,14 @@ impl Snapshot {
         self.ahead_reached = page.reached;
         self.held.resize(self.ahead.iter().map(EncodedEvent::bytes).sum());
     }
+
+    /// Keeps the first so many events of the page.
+    pub fn truncate(&mut self, count: usize) {
+        if count < self.ahead.len() {
+            self.ahead.truncate(count);
+            self.ahead_reached = self.ahead.back().map_or(self.position, |last| last.event.sequence);
+            self.ahead.shrink_to_fit();
+            self.held.resize(self.ahead.iter().map(EncodedEvent::bytes).sum());
+        }
+    }
 }

@@ -1,13 +1,16 @@
 //! A client's progress, for `/debug/streams` and the log: written beside its cursor, without a lock.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::{
+    num::NonZeroU32,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+};
 
 use smallvec::SmallVec;
 
+use super::Selection;
 use crate::{
     event::Epoch,
     position::{Position, Tag},
-    sieve::Sieve,
     subject::Filter,
 };
 
@@ -19,13 +22,19 @@ pub struct Progress {
     epoch: AtomicU32,
     /// Most clients have one.
     places: SmallVec<[(Filter, AtomicU64); 1]>,
-    pub sieve: Option<Sieve>,
+    pub selection: Selection,
+    /// Events in a second that it wants at most.
+    pub rate: Option<NonZeroU32>,
 }
 
 impl Progress {
-    pub(super) fn new(epoch: Epoch, places: impl Iterator<Item = (Filter, u64)>, sieve: Option<Sieve>) -> Progress {
+    pub(super) fn new(
+        epoch: Epoch,
+        places: impl Iterator<Item = (Filter, u64)>,
+        (selection, rate): (Selection, Option<NonZeroU32>),
+    ) -> Progress {
         let places = places.map(|(filter, at)| (filter, at.into())).collect();
-        Progress { epoch: epoch.number().into(), places, sieve }
+        Progress { epoch: epoch.number().into(), places, selection, rate }
     }
 
     pub(super) fn set(&self, epoch: Epoch, places: impl Iterator<Item = u64>) {

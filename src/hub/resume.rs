@@ -17,10 +17,10 @@ use std::{sync::Arc, time::Duration};
 use jiff::Timestamp;
 
 use super::{
-    Hub,
+    Hub, Selection,
     ends::{Bound, Completed, Ends, Remaining, Until},
     feed::Reader,
-    pages::{Ahead, SharedPage},
+    pages::{Ahead, Asked, SharedPage},
     place::{Place, Snapshot, StartPoint},
 };
 use crate::{
@@ -154,7 +154,9 @@ pub(super) async fn begin(
                     Place::new(reader, now)
                 }
                 Some(from) => {
-                    let read = Read { filter: reader.feed.filter.clone(), from, until: 0 };
+                    // A filter of which there is nothing begins at the end, and holds no other back.
+                    let until = reader.feed.proven();
+                    let read = Read { filter: reader.feed.filter.clone(), from, until };
                     let (page, read_at, held) = hub.read_history(read).await?;
                     if page.epoch != epoch {
                         reader.retire();
@@ -209,7 +211,8 @@ async fn begins_within_what_is_kept(hub: &Hub, from: ReadFrom, page: &Page) -> R
         ReadFrom::Time(time) if time > Timestamp::now() => Ok(true),
         ReadFrom::Time(time) => {
             let everything = Filter::parse(">").expect("it is one");
-            let oldest = hub.read_shared(page.epoch, &everything, page.first - 1).await?;
+            let asked = Asked { after: page.first - 1, filter: everything, selection: Selection::default() };
+            let oldest = hub.read_shared(page.epoch, &asked).await?;
             Ok(oldest.events.first().is_some_and(|oldest| oldest.event.time < time))
         }
     }
@@ -235,7 +238,7 @@ fn begin_with(reader: Reader, page: Page, read_at: u64, held: Held) -> Place {
     // What expired while the page was read may leave holes below the oldest kept: begin there.
     let (first, proven) = (page.first, page.proven);
     let ahead = Ahead::after(Arc::new(SharedPage::new(page, read_at, held)), first.saturating_sub(1));
-    let position = match ahead.events().first() {
+    let position = match ahead.events().next() {
         Some(encoded) => encoded.event.sequence - 1,
         None => proven.max(first - 1),
     };

@@ -20,6 +20,14 @@ pub(super) struct Found {
     pub stored: Option<Timestamp>,
 }
 
+/// How much a reader takes at once. Word of a gap counts as an event.
+#[derive(Clone, Copy)]
+pub(super) struct Room {
+    pub bytes: usize,
+    /// At least one.
+    pub events: usize,
+}
+
 /// Something that may be next for a reader: an event, or word of a gap.
 pub(super) trait Item {
     fn sequence(&self) -> u64;
@@ -42,20 +50,23 @@ impl Item for EncodedEvent {
 }
 
 impl Slice {
-    /// What comes after `position`, in order, but for what has expired or the reader `skips`: at most `bytes_max` of it, but
+    /// What comes after `position`, in order, but for what has expired or the reader `skips`: as much as there is room for, but
     /// at least one block.
     pub fn of<'i, I: Item + 'i>(
         items: impl IntoIterator<Item = &'i I>,
         position: u64,
         encoder: Encoder<'_>,
-        bytes_max: usize,
+        room: Room,
         skips: impl Fn(&Event) -> bool,
     ) -> Slice {
         let (mut blocks, mut bytes, mut reached) = (vec![], 0, position);
         for item in items {
             if !item.event().is_some_and(|event| event.has_expired() || skips(event)) {
+                if blocks.len() >= room.events {
+                    break;
+                }
                 let block = item.block(encoder);
-                if !blocks.is_empty() && bytes + block.len() > bytes_max {
+                if !blocks.is_empty() && bytes + block.len() > room.bytes {
                     break;
                 }
                 bytes += block.len();

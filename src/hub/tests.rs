@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -17,7 +18,7 @@ use tokio::{runtime::Handle, sync::watch, time::timeout};
 use super::*;
 use crate::{
     broker::{
-        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Publication, Publish, PublishError, Published,
+        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Publication, Publish, PublishError, Published, Stock,
         embedded::Embedded,
     },
     config::Config,
@@ -159,6 +160,10 @@ impl Broker for Faulty {
         self.inner().bounds().await
     }
 
+    async fn stock(&self) -> Result<Stock, BrokerError> {
+        self.inner().stock().await
+    }
+
     fn resync_signal(&self) -> watch::Receiver<u64> {
         self.inner().resync_signal()
     }
@@ -188,16 +193,29 @@ fn after(id: EventId) -> Start {
 }
 
 async fn subscribe(hub: &Hub, filter: &str, start: Start) -> (Opening, Cursor) {
-    hub.subscribe(&filters(&[filter]), start, Format::Raw, Ends::default(), None).await.unwrap()
+    hub.subscribe(&filters(&[filter]), start, Wish::all(Format::Raw)).await.unwrap()
 }
 
 pub(super) fn filters(texts: &[&str]) -> Vec<Filter> {
     texts.iter().map(|text| Filter::parse(text).unwrap()).collect()
 }
 
-/// The next frames. May be dropped and called again: nothing is lost or repeated.
+/// The next frames, looked for whenever the cursor is due. May be dropped and called again: nothing is lost or repeated.
 pub(super) async fn frames_of(cursor: &mut Cursor) -> Vec<Frame> {
-    std::future::poll_fn(|cx| cursor.poll_next(cx)).await
+    let mut alarm = None;
+    let next = |cx: &mut Context<'_>| match cursor.poll_next(cx) {
+        Poll::Ready(frames) => Poll::Ready(frames),
+        Poll::Pending => {
+            alarm = cursor.due().map(|due| Box::pin(tokio::time::sleep_until(due)));
+            if let Some(alarm) = &mut alarm
+                && alarm.poll_unpin(cx).is_ready()
+            {
+                cx.waker().wake_by_ref();
+            }
+            Poll::Pending
+        }
+    };
+    std::future::poll_fn(next).await
 }
 
 /// The sequences of the next `count` frames, or of those that came before nothing more did.
@@ -357,8 +375,7 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
         let wanted = filters(&["a.*", "*.0", "a.0", "c", "b.>"]);
         let wanted = Filter::fold(wanted);
         assert_eq!(wanted.len(), 4);
-        let (opening, mut cursor) =
-            hub.subscribe(&wanted, from(StartAt::Now), Format::Raw, Ends::default(), None).await.unwrap();
+        let (opening, mut cursor) = hub.subscribe(&wanted, from(StartAt::Now), Wish::all(Format::Raw)).await.unwrap();
         let Opening::Position(mut position) = opening else { panic!("{opening:?}") };
         let (mut owed, mut got) = (vec![], vec![]);
         for round in 0..40 {
@@ -383,7 +400,7 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
             if dice.random_ratio(1, 3) {
                 let back =
                     Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
-                let (opening, again) = hub.subscribe(&wanted, back, Format::Raw, Ends::default(), None).await.unwrap();
+                let (opening, again) = hub.subscribe(&wanted, back, Wish::all(Format::Raw)).await.unwrap();
                 assert!(matches!(opening, Opening::Position(_)), "seed {seed}: {opening:?}");
                 cursor = again;
             }
@@ -443,14 +460,13 @@ async fn a_filter_that_is_new_to_an_id_begins_at_its_lowest() {
     let broker = Faulty::new(8);
     let hub = hub(&broker, |_| {});
     let (_, mut cursor) =
-        hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), Format::Raw, Ends::default(), None).await.unwrap();
+        hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), Wish::all(Format::Raw)).await.unwrap();
     broker.publish("new").await;
     broker.publish("a").await;
     let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let id = id_of(&frames[0]).to_string();
     let back = Start { last_event_id: Some(id), at: StartAt::Now, new: NewFilters::Lowest };
-    let (_, mut cursor) =
-        hub.subscribe(&filters(&["a", "new"]), back, Format::Raw, Ends::default(), None).await.unwrap();
+    let (_, mut cursor) = hub.subscribe(&filters(&["a", "new"]), back, Wish::all(Format::Raw)).await.unwrap();
     broker.publish("a").await;
     let mut got = take(&mut cursor, 2).await;
     got.sort_unstable();
@@ -484,7 +500,7 @@ async fn a_place_that_moved_past_skipped_events_is_told() {
     let position = Position::new(epoch, 1, [(tags[0], 3)]);
     let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
 
-    let (_, mut cursor) = hub.subscribe(&wanted, start, Format::Raw, Ends::default(), None).await.unwrap();
+    let (_, mut cursor) = hub.subscribe(&wanted, start, Wish::all(Format::Raw)).await.unwrap();
 
     assert!(timeout(BOUND, frames_of(&mut cursor)).await.is_err(), "everything was handed over before");
     let told = cursor.quiet_position().expect("its place has moved");
@@ -590,8 +606,7 @@ async fn filters_that_begin_now_begin_at_the_same_moment() {
     let _behind = subscribe(&hub, "a.*", from(StartAt::Now)).await;
     broker.publish("a.0").await;
     let both = filters(&["a.*", "*.0"]);
-    let (opening, mut cursor) =
-        hub.subscribe(&both, from(StartAt::Now), Format::Raw, Ends::default(), None).await.unwrap();
+    let (opening, mut cursor) = hub.subscribe(&both, from(StartAt::Now), Wish::all(Format::Raw)).await.unwrap();
     let id = broker.publish("a.0").await;
     assert_eq!(text(&opening), EventId { sequence: id.sequence - 1, ..id }.to_string());
     assert_eq!(take(&mut cursor, 1).await, [id.sequence]);

@@ -63,6 +63,24 @@ try {
   await page.waitForFunction((count) => document.querySelectorAll("#events button").length >= count, before + 3);
   seen.resumed = (await rows(page)) - before;
 
+  // A part of them: a mistake is shown with its place, and the right condition lets its events through.
+  await page.fill("#where", "@.data.order = 42");
+  await page.click("#subscribe button");
+  await page.locator("#mistake", { hasText: "==" }).waitFor();
+  seen.mistake = await text(page, "#mistake");
+  await picture(page, "console-mistake");
+  await page.fill("#where", "@.data.order == 42");
+  await page.fill("#every", "200ms");
+  await page.click("#subscribe button");
+  await hasRow(page, '"order": 42');
+  seen.selected = await page.locator("#events .data").allInnerTexts();
+  seen.hash = await page.evaluate(() => location.hash);
+  await picture(page, "console-where");
+  await page.fill("#where", "");
+  await page.fill("#every", "");
+  await page.click("#subscribe button");
+  await hasRow(page, "while cut");
+
   // A conflict is told as one.
   await page.fill("#match", "000000-1");
   await page.click("#publish button");
@@ -75,7 +93,7 @@ try {
     await fetch("/events", { method: "POST", headers: { "Content-Type": "application/x-ndjson" }, body: lines.join("\n") });
     await fetch("/events/large", { method: "POST", body: "y".repeat(999000) });
   });
-  await page.waitForFunction(() => Number(document.querySelector("#counts").textContent.split(" ")[0].replaceAll(/\D/g, "")) >= 10006, null, { timeout: 60000 });
+  await page.waitForFunction(() => Number(document.querySelector("#counts").textContent.split(" ")[0].replaceAll(/\D/g, "")) >= 10005, null, { timeout: 60000 });
   seen.counts = await text(page, "#counts");
   seen.rows = await rows(page);
   await page.fill("#match", "");

@@ -25,7 +25,7 @@ use super::{
     requirements::Mismatch,
 };
 use crate::{
-    broker::{Bounds, Recognition},
+    broker::{Bounds, Recognition, Stock},
     event::{Epoch, Event},
     position::Witness,
 };
@@ -62,8 +62,8 @@ pub(super) struct Info {
     pub bounds: Bounds,
     pub created: Timestamp,
     pub config: Value,
-    /// How many messages after the first are gone.
-    pub gone_singly: u64,
+    messages: u64,
+    bytes: u64,
     /// No replica can take itself for the leader but the one that said this.
     is_undisputed: bool,
 }
@@ -71,6 +71,18 @@ pub(super) struct Info {
 impl Info {
     pub fn identity(&self) -> Identity {
         Identity::new(self.created, self.bounds.last, self.bounds.time)
+    }
+
+    /// How many messages after the first are gone.
+    pub fn gone_singly(&self) -> u64 {
+        (self.bounds.last + 1).saturating_sub(self.bounds.first).saturating_sub(self.messages)
+    }
+
+    pub fn stock(&self) -> Stock {
+        // A stream that refuses what is too much drops nothing. Without a limit, these are -1.
+        let drops = self.config["discard"] != "new";
+        let limit = |name: &str| self.config[name].as_u64().filter(|_| drops);
+        Stock { events: self.messages, bytes: self.bytes, events_max: limit("max_msgs"), bytes_max: limit("max_bytes") }
     }
 
     fn seen(&self) -> Seen {
@@ -83,7 +95,7 @@ impl Info {
     pub fn made_at(created: &str) -> Info {
         let state = json!({ "messages": 0, "first_seq": 0, "last_seq": 0 });
         let (bounds, created) = bounds(json!({ "created": created, "state": state })).unwrap();
-        Info { bounds, created, config: json!({}), gone_singly: 0, is_undisputed: true }
+        Info { bounds, created, config: json!({}), messages: 0, bytes: 0, is_undisputed: true }
     }
 }
 
@@ -480,13 +492,13 @@ async fn ask_for_info(api: &Api, stream: &str, silence: Duration) -> Result<Info
     let mut answer = api.ask_within(limit, &format!("$JS.API.STREAM.INFO.{stream}"), &Value::Null).await?;
     let config = answer["config"].take();
     let standing = standing(&answer["cluster"]["replicas"]);
-    let messages = answer["state"]["messages"].as_u64().unwrap_or_default();
+    let [messages, bytes] = ["messages", "bytes"].map(|name| answer["state"][name].as_u64().unwrap_or_default());
     let (bounds, created) = bounds(answer)?;
     match standing {
         Standing::Deposed => Err(RequestError::Deposed),
         standing => {
-            let gone_singly = (bounds.last + 1).saturating_sub(bounds.first).saturating_sub(messages);
-            Ok(Info { bounds, created, config, gone_singly, is_undisputed: standing == Standing::Undisputed })
+            let is_undisputed = standing == Standing::Undisputed;
+            Ok(Info { bounds, created, config, messages, bytes, is_undisputed })
         }
     }
 }

@@ -52,7 +52,7 @@ use self::{
 };
 use super::{
     Acknowledgement, Bounds, Broker, BrokerError, ConnectionState, Gone, Health, Hints, LastKnown, Link, Page,
-    Publication, Publish, PublishError, Read, Recognition, SnapshotPage, SnapshotRead,
+    Publication, Publish, PublishError, Read, Recognition, SnapshotPage, SnapshotRead, Stock,
 };
 use crate::{
     config,
@@ -294,7 +294,11 @@ impl Broker for Nats {
 
     async fn gone(&self) -> Result<Gone, BrokerError> {
         let info = self.leader.info().await?;
-        Ok(Gone { first: info.bounds.first, singly: info.gone_singly })
+        Ok(Gone { first: info.bounds.first, singly: info.gone_singly() })
+    }
+
+    async fn stock(&self) -> Result<Stock, BrokerError> {
+        Ok(self.leader.info().await?.stock())
     }
 
     fn resync_signal(&self) -> watch::Receiver<u64> {

@@ -1,14 +1,17 @@
 //! A client that believes what it is told, and a judge of whether it was told everything.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use futures_util::FutureExt;
 use proptest::sample::Index;
 
-use super::stream::{Stored, Stream, Streams};
+use super::{
+    selections::{WANTED, Wanted},
+    stream::{Stored, Stream, Streams},
+};
 use crate::{
     event::{Epoch, Event, EventId},
-    hub::{Cursor, Ends, Hub, NewFilters, Opening, Start, StartAt, tests::frames_of},
+    hub::{Cursor, Hub, NewFilters, Opening, Start, StartAt, tests::frames_of},
     position::{Position, Tag},
     subject::Filter,
     wire::{Format, Framing},
@@ -41,10 +44,12 @@ impl Begin {
     }
 }
 
-#[derive(Default)]
 pub struct Client {
     cursor: Option<Cursor>,
     filters: Vec<Filter>,
+    /// What it wants, and after which places that was something else.
+    wanted: &'static Wanted,
+    wanted_before: Vec<(&'static Wanted, Position)>,
     /// The last id that it was told.
     pub position: Option<Position>,
     /// After this, everything is owed; and, of a snapshot, these as long as they are kept.
@@ -54,6 +59,22 @@ pub struct Client {
     gaps: Vec<Gap>,
 }
 
+impl Default for Client {
+    fn default() -> Client {
+        Client {
+            cursor: None,
+            filters: vec![],
+            wanted: &WANTED[0],
+            wanted_before: vec![],
+            position: None,
+            begun: None,
+            state: vec![],
+            got: vec![],
+            gaps: vec![],
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Gap {
     requested: Position,
@@ -61,12 +82,11 @@ struct Gap {
 }
 
 impl Client {
-    pub async fn join(hub: &Hub, streams: &Streams, filters: &[&str], at: StartAt) -> Client {
+    pub async fn join(hub: &Hub, streams: &Streams, filters: &[&str], at: StartAt, wanted: &'static Wanted) -> Client {
         let filters = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
-        let mut client = Client { filters, ..Client::default() };
+        let mut client = Client { filters, wanted, ..Client::default() };
         let start = Start { last_event_id: None, at: at.clone(), new: NewFilters::Lowest };
-        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, Format::Raw, Ends::default(), None).await
-        else {
+        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, wanted.wish()).await else {
             return client;
         };
         client.cursor = Some(cursor);
@@ -75,6 +95,7 @@ impl Client {
             let stream = streams.now();
             client.begun = Some(EventId { epoch: stream.epoch, sequence: stream.last() }.into());
             let state = stream.snapshot(&client.filters, stream.last());
+            let state = state.filter(|event| wanted.passes(stream.epoch, event));
             client.state = state.map(|event| (stream.epoch, event.sequence)).collect();
         }
         client.check_beginning(streams, at);
@@ -100,7 +121,8 @@ impl Client {
     fn check_beginning(&self, streams: &Streams, at: StartAt) {
         let (Some(position), stream) = (&self.position, streams.now()) else { return };
         for filter in &self.filters {
-            let kept = || stream.kept(stream.last()).filter(|event| filter.matches(&event.subject));
+            let passes = |event: &&Event| filter.matches(&event.subject) && self.wanted.passes(stream.epoch, event);
+            let kept = || stream.kept(stream.last()).filter(passes);
             let owed = kept().filter(|event| event.sequence > position.of(Tag::of(filter))).count();
             match &at {
                 StartAt::First => assert_eq!(owed, kept().count(), "not from the first"),
@@ -142,10 +164,13 @@ impl Client {
         }
     }
 
-    pub async fn come_back(&mut self, hub: &Hub, streams: &Streams) {
+    pub async fn come_back(&mut self, hub: &Hub, streams: &Streams, wanted: Option<&'static Wanted>) {
         let (None, Some(position)) = (&self.cursor, self.position.clone()) else { return };
+        if let Some(wanted) = wanted {
+            self.wanted_before.push((std::mem::replace(&mut self.wanted, wanted), position.clone()));
+        }
         let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
-        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, Format::Raw, Ends::default(), None).await {
+        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, self.wanted.wish()).await {
             self.cursor = Some(cursor);
             if let Opening::Position(told) = &opening {
                 let stands =
@@ -199,7 +224,10 @@ impl Client {
         let position: Position = id.trim_end().parse().unwrap();
         match fields.split_once("data: ").unwrap() {
             ("event: tidegate.gap\n", data) => self.miss(streams, serde_json::from_str(data).unwrap()),
-            (_, data) => self.get(streams, data.parse().unwrap()),
+            (_, data) => {
+                let data: serde_json::Value = serde_json::from_str(data).unwrap();
+                self.get(streams, data["id"].as_str().unwrap().parse().unwrap());
+            }
         }
         self.moves_to(streams, position);
     }
@@ -209,6 +237,7 @@ impl Client {
         let number = streams.number(id.epoch);
         let event = &streams.0[number].stored[id.sequence as usize - 1].event;
         assert!(self.filters.iter().any(|filter| filter.matches(&event.subject)), "{id} was not asked for");
+        assert!(self.wanted.passes(id.epoch, event), "{id} is sifted out");
         let before = self.got.iter().rev().find(|(_, before)| before.subject == event.subject);
         let in_order = before.is_none_or(|(then, before)| (*then, before.sequence) < (number, id.sequence));
         assert!(in_order, "{id} is repeated or out of order");
@@ -250,35 +279,61 @@ impl Client {
                     .iter()
                     .skip(now as usize)
                     .take_while(|stored| stored.event.sequence <= before.of(Tag::of(filter)));
-                let is_matched = |stored: &Stored| filter.matches(&stored.event.subject);
+                // What was removed is not there to be handed over again.
+                let is_matched = |Stored { event, is_removed }: &Stored| {
+                    !is_removed && filter.matches(&event.subject) && self.wanted.passes(stream.epoch, event)
+                };
                 assert!(!again.into_iter().any(is_matched), "from {before} back to {position}");
             }
         }
         self.position = Some(position);
     }
 
-    /// That everything owed was delivered, or named in a gap.
+    /// That everything owed was delivered, or named in a gap; or, where there is an interval, something newer of its subject was.
     pub fn check(&self, streams: &Streams) {
         let Some(begun) = &self.begun else { return };
         let got: HashSet<_> = self.got.iter().map(|(number, event)| (*number, event.sequence)).collect();
         let oldest = streams.number(begun.epoch);
-        for (number, stream) in streams.0.iter().enumerate().skip(oldest) {
-            for Stored { event, is_removed } in &stream.stored {
-                let by: Vec<_> = self.filters.iter().filter(|filter| filter.matches(&event.subject)).collect();
-                // What lies behind one filter that matches it, is not owed by another.
-                let is_behind = |filter: &&Filter| number == oldest && event.sequence <= begun.of(Tag::of(filter));
-                let is_owed = !by.is_empty() && !by.iter().any(is_behind);
-                let is_told = || self.gaps.iter().any(|gap| gap.names(streams, stream, event.sequence, &by));
-                let is_settled = !is_owed || *is_removed || got.contains(&(number, event.sequence)) || is_told();
-                assert!(is_settled, "{}-{} is missing: {:?}", stream.epoch, event.sequence, self.gaps);
+        let mut settled = HashMap::new();
+        let newest_first = || streams.0.iter().enumerate().skip(oldest).rev();
+        let all =
+            newest_first().flat_map(|(number, stream)| stream.stored.iter().rev().map(move |s| (number, stream, s)));
+        for (number, stream, Stored { event, is_removed }) in all {
+            let by: Vec<_> = self.filters.iter().filter(|filter| filter.matches(&event.subject)).collect();
+            let is_behind = |position: &Position| self.is_behind(streams, number, event, position);
+            let wanted = self.wanted_then(streams, number, event);
+            if by.is_empty() || is_behind(begun) || !wanted.passes(stream.epoch, event) {
+                continue;
             }
+            let is_told = self.gaps.iter().any(|gap| gap.names(streams, stream, event.sequence, &by));
+            let is_settled = *is_removed || is_told || got.contains(&(number, event.sequence));
+            let is_newer_settled = settled.get(&event.subject).copied().unwrap_or(false);
+            let is_fine = is_settled || wanted.every.is_some() && is_newer_settled;
+            assert!(is_fine, "{}-{} is missing: {:?}", stream.epoch, event.sequence, self.gaps);
+            settled.insert(event.subject.clone(), is_settled || is_newer_settled);
         }
-        let now = streams.now();
-        for (epoch, sequence) in self.state.iter().filter(|(epoch, _)| *epoch == now.epoch) {
-            let is_kept = now.kept(now.last()).any(|event| event.sequence == *sequence);
-            let has = got.contains(&(streams.number(*epoch), *sequence));
-            assert!(has || !is_kept, "{sequence} is missing of the snapshot");
+        let (now, number) = (streams.now(), streams.0.len() - 1);
+        for (_, sequence) in self.state.iter().filter(|(epoch, _)| *epoch == now.epoch) {
+            let Some(event) = now.kept(now.last()).find(|event| event.sequence == *sequence) else { continue };
+            let wanted = self.wanted_then(streams, number, event);
+            let is_newer = |(_, got): &&(usize, Event)| got.subject == event.subject && got.sequence > event.sequence;
+            let is_replaced = wanted.every.is_some() && self.got.iter().any(|got| is_newer(&got));
+            let has = got.contains(&(number, *sequence)) || is_replaced || !wanted.passes(now.epoch, event);
+            assert!(has, "{sequence} is missing of the snapshot");
         }
+    }
+
+    /// Whether an event lies behind a position. What lies behind one filter that matches it, is not owed by another.
+    fn is_behind(&self, streams: &Streams, number: usize, event: &Event, position: &Position) -> bool {
+        let at = streams.number(position.epoch);
+        let matching = || self.filters.iter().filter(|filter| filter.matches(&event.subject));
+        number < at || number == at && matching().any(|filter| event.sequence <= position.of(Tag::of(filter)))
+    }
+
+    /// What it wanted when an event was to come.
+    fn wanted_then(&self, streams: &Streams, number: usize, event: &Event) -> &'static Wanted {
+        let before = self.wanted_before.iter().find(|(_, up_to)| self.is_behind(streams, number, event, up_to));
+        before.map_or(self.wanted, |(wanted, _)| *wanted)
     }
 }
 

@@ -13,9 +13,9 @@ use super::Fate;
 use crate::{
     broker::{
         Acknowledgement, Bounds, Broker, BrokerError, Health, Hint, Hints, LastKnown, Page, Publication, Publish,
-        PublishError, Read, ReadFrom, SnapshotPage, SnapshotRead,
+        PublishError, Read, ReadFrom, SnapshotPage, SnapshotRead, Stock,
     },
-    event::{Epoch, Event, EventId},
+    event::{Epoch, Event, EventId, EventType},
     subject::{Filter, Subject},
 };
 
@@ -69,8 +69,8 @@ impl Streams {
             subject: Subject::parse(SUBJECTS[subject]).unwrap(),
             time: Timestamp::from_second(time as i64).unwrap(),
             expires: None,
-            kind: None,
-            payload: id.to_string().into(),
+            kind: EventType::parse(["", "x", "y.1"][(time / 2) % 3]).ok(),
+            payload: format!(r#"{{"id": "{id}", "n": {}}}"#, time % 5).into(),
         };
         stream.stored.push(Stored { event, is_removed: false });
     }
@@ -259,6 +259,11 @@ impl Broker for Scripted {
         let mut state = self.request().await?;
         let horizon = state.horizon();
         let stream = &state.stream;
+        let horizon = match read.from {
+            // Where a replica lags, the leader goes on.
+            ReadFrom::Last(_) => horizon.max(read.until.min(stream.last())),
+            ReadFrom::After(_) | ReadFrom::Time(_) => horizon,
+        };
         let matching = |event: &&Event| read.filter.matches(&event.subject);
         // The leader knows where that is.
         let mut kept = stream.kept(stream.last()).filter(matching);
@@ -309,6 +314,10 @@ impl Broker for Scripted {
         let stream = &state.stream;
         let time = stream.stored.last().map(|stored| stored.event.time);
         Ok(Bounds { epoch: stream.epoch, first: stream.first, last: stream.last(), time })
+    }
+
+    async fn stock(&self) -> Result<Stock, BrokerError> {
+        unreachable!("no feed and no cursor asks for it")
     }
 
     fn resync_signal(&self) -> watch::Receiver<u64> {
