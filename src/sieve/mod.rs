@@ -3,6 +3,8 @@
 
 mod condition;
 mod document;
+#[cfg(test)]
+mod fuzz;
 mod parse;
 #[cfg(test)]
 mod tests;

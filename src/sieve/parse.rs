@@ -12,6 +12,7 @@ pub const WHERE_BYTES_MAX: usize = 512;
 pub const PARENTHESES_MAX: usize = 16;
 /// Most comparisons and paths in one expression.
 pub const TERMS_MAX: usize = 32;
+const NEGATION: &str = "! goes before a path or parentheses";
 /// Whole numbers up to here are exact in a double (RFC 7493, section 2.2).
 const INDEX_MAX: u64 = (1 << 53) - 1;
 
@@ -85,11 +86,18 @@ impl Parser<'_> {
         match self.rest().chars().next() {
             None => Ok(condition),
             Some(')') => Err("there is no \"(\" for this".into()),
-            Some('=') if !self.rest().starts_with("==") => Err("equality is ==".into()),
-            Some('&' | '|') => Err("conditions are joined by && or ||".into()),
-            Some('=' | '!' | '<' | '>') => Err("comparisons have two sides: join several by &&".into()),
-            Some(_) if self.is_word_next(&["and", "or"]) => Err("conditions are joined by && or ||".into()),
-            Some(_) => Err("expected a comparison, && or ||, or the end".into()),
+            Some(_) => Err(self.unexpected().unwrap_or("expected a comparison, && or ||, or the end").into()),
+        }
+    }
+
+    /// What is wrong with what comes behind a condition, where that is known.
+    fn unexpected(&self) -> Option<&'static str> {
+        match self.rest().chars().next()? {
+            '=' if !self.rest().starts_with("==") => Some("equality is =="),
+            '&' | '|' => Some("conditions are joined by && or ||"),
+            '=' | '!' | '<' | '>' => Some("comparisons have two sides: join several by &&"),
+            _ if self.is_word_next(&["and", "or"]) => Some("conditions are joined by && or ||"),
+            _ => None,
         }
     }
 
@@ -144,7 +152,8 @@ impl Parser<'_> {
                     )?;
                     Ok(Condition::Not(Box::new(Condition::Exists(path))))
                 }
-                _ => Err("! goes before a path or parentheses".into()),
+                Some(first) if first.is_ascii_alphabetic() => self.word(self.at).and(Err(NEGATION.into())),
+                _ => Err(NEGATION.into()),
             };
         }
         if self.rest().starts_with('(') {
@@ -185,7 +194,7 @@ impl Parser<'_> {
         self.eat("(");
         let found = inner(self)?;
         if !self.eat(")") {
-            return Err("expected \")\"".into());
+            return Err(self.unexpected().unwrap_or("expected \")\"").into());
         }
         self.parentheses -= 1;
         Ok(found)
@@ -207,6 +216,7 @@ impl Parser<'_> {
             Some(first) if first.is_ascii_alphabetic() || first == '_' => self.word(at),
             Some('(') => Err("a side of a comparison is a path, a value or length(...)".into()),
             Some('=') => Err("this comparison has no left side".into()),
+            Some('!') => Err(NEGATION.into()),
             Some(_) => Err("expected a path such as @.data.amount, or a value".into()),
         }
     }
