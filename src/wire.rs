@@ -11,7 +11,7 @@
 //! - Some libraries wait for full buffers unless the body has chunks, and take the end of a connection for the orderly end
 //!   of a body that has none. So each block is one chunk (RFC 9112, section 7.1), whose head is encoded with the block.
 
-use std::{fmt::Display, io::Write, time::Duration};
+use std::{fmt::Display, io::Write, ops::Range, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -172,6 +172,21 @@ impl Block {
         let mut room = Vec::with_capacity(CHUNK_HEAD_BYTES_MAX + bytes);
         room.resize(CHUNK_HEAD_BYTES_MAX, 0);
         room
+    }
+
+    /// Blocks that are written one after the other, each still a chunk of its own: only where the body is in chunks, and to readers
+    /// without ids of their own.
+    pub fn joined<'b>(blocks: impl Iterator<Item = &'b Block> + Clone) -> Block {
+        let mut chunks = Vec::with_capacity(blocks.clone().map(Block::len).sum());
+        blocks.for_each(|block| chunks.extend_from_slice(&block.chunk));
+        let shared_end = chunks.len() as u32;
+        Block { chunk: chunks.into(), start: 0, shared_start: 0, shared_end }
+    }
+
+    /// Some bytes of joined blocks, which are whole chunks, without the others.
+    pub fn part(&self, bytes: Range<usize>) -> Block {
+        let chunk = Bytes::copy_from_slice(&self.chunk[bytes]);
+        Block { start: 0, shared_start: 0, shared_end: chunk.len() as u32, chunk }
     }
 
     /// The same block, with something that is kept for as long as any of its bytes are.

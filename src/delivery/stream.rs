@@ -397,9 +397,13 @@ impl Stream {
         }
         if !held.is_least && held.since + GIVE_BACK_AFTER <= now {
             held.is_least = true;
-            let events = held.buffer.frames.iter().skip(1).filter(|frame| frame.is_event).count() as u64;
-            held.buffer.frames.truncate(1);
-            if let Some(first) = held.buffer.frames.front() {
+            let WriteBuffer { frames, begun, .. } = &mut held.buffer;
+            let mut events = frames.iter().skip(1).map(|frame| u64::from(frame.events)).sum();
+            frames.truncate(1);
+            if let Some(first) = frames.front_mut() {
+                if let Some((event, written, left)) = first.begun_event(*begun, &common.memory) {
+                    (*first, *begun, events) = (event, written, events + left);
+                }
                 self.cursor.give_back_after(first.sequence, events);
             }
         }
@@ -542,7 +546,7 @@ impl WriteBuffer {
                 break;
             }
             self.begun -= length;
-            whole.count += 1;
+            whole.count += u64::from(frame.events);
             whole.reached = Some(frame.sequence);
             whole.newest_stored = frame.stored.or(whole.newest_stored);
             self.frames.pop_front();

@@ -182,6 +182,7 @@ impl SubscribeRequest {
                 return Err(ApiError::new(Code::InvalidParameter, detail));
             }
         };
+        let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
         // At most once.
         query.one("lastEventId")?;
         let ends = parse_ends(query)?;
@@ -193,7 +194,7 @@ impl SubscribeRequest {
         Ok(SubscribeRequest {
             filters,
             start: Start { last_event_id: presented_id(request), at, new },
-            wish: Wish { format, ends, selection, rate: parse_rate(query)? },
+            wish: Wish { format, framing, ends, selection, rate: parse_rate(query)? },
         })
     }
 }
@@ -212,8 +213,7 @@ async fn open(
     }
     let place = app.shares.open_stream(&caller(request, principal), wanted.filters.len())?;
     let permit = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
-    let format = wanted.wish.format;
-    let framing = if request.version() > Version::HTTP_10 { Framing::Chunked } else { Framing::Close };
+    let Wish { format, framing, .. } = wanted.wish;
     let body = if request.method() == Method::HEAD {
         if let Health::Away(why) = app.broker.health() {
             return Err(BrokerError::Unavailable(why).into());

@@ -30,13 +30,13 @@ use super::{
     place::{Place, Snapshot, StartPoint},
     progress::Progress,
     resume::{self, NewFilters, Origin, StartAt},
-    slice::{Found, Room, Slice},
+    slice::{Found, Joint, Room, Slice},
 };
 use crate::{
     backoff::Backoff,
     broker::{SnapshotPage, SnapshotRead},
     event::{Epoch, Event},
-    memory::Held,
+    memory::{Held, Memory, Part},
     metrics::Counted,
     pace::Pace,
     position::{Position, Witness},
@@ -71,6 +71,7 @@ pub struct Cursor {
 /// What a client wants.
 pub(super) struct Wanted {
     pub format: Format,
+    pub framing: Framing,
     /// How filters that it has not had before are told from those that it has.
     pub new: NewFilters,
     /// What was stored earlier is not wanted.
@@ -94,8 +95,10 @@ pub struct Frame {
     pub block: Block,
     /// The id of a reader of several filters, in the place of the block's.
     pub own_id: Option<OwnId>,
-    /// Not a word of the gateway's own.
-    pub is_event: bool,
+    /// How many events it is: of a word of the gateway's own, none.
+    pub events: u32,
+    /// Where it is several, the end of each.
+    joints: Option<Arc<[Joint]>>,
     /// When its event was stored: said of the newest of those taken together, if they came live.
     pub stored: Option<Timestamp>,
 }
@@ -110,7 +113,21 @@ enum Fetched {
 
 impl Frame {
     fn new(sequence: u64, block: Block) -> Frame {
-        Frame { sequence, block, own_id: None, is_event: true, stored: None }
+        Frame { sequence, block, own_id: None, events: 1, joints: None, stored: None }
+    }
+
+    /// Of a frame of several events, of which so many bytes have been written: the event that has been begun, how much of it has
+    /// been written, and how many events follow it.
+    pub fn begun_event(&self, written: usize, memory: &Memory) -> Option<(Frame, usize, u64)> {
+        let joints = self.joints.as_ref()?;
+        let number = joints.iter().position(|joint| written < joint.end)?;
+        let (joint, start) = (joints[number], number.checked_sub(1).map_or(0, |before| joints[before].end));
+        let left = joints[number + 1..].iter().map(|joint| u64::from(joint.events)).sum();
+        let block = self.block.part(start..joint.end);
+        let held = memory.hold(Part::Frames, block.len());
+        let frame =
+            Frame { events: joint.events, stored: self.stored, ..Frame::new(joint.sequence, block.keeping(held)) };
+        Some((frame, written - start, left))
     }
 
     /// The frame as it is written to a connection, in pieces that may be empty.
@@ -398,18 +415,27 @@ impl Cursor {
     /// What is there to be taken, if the client is to be handed something now.
     fn take_at_pace(&mut self) -> Vec<Frame> {
         let bytes = self.hub.0.settings.write_bytes;
-        let Some(pace) = &self.pace else { return self.take(Room { bytes, events: usize::MAX }) };
+        let Some(pace) = &self.pace else {
+            return self.take(Room { bytes, events: usize::MAX, joined: self.takes_joined() });
+        };
         let now = Instant::now();
         let events = pace.allows(now);
         self.waits_for_pace = events == 0;
         if self.waits_for_pace {
             return vec![];
         }
-        let frames = self.take(Room { bytes, events });
+        let frames = self.take(Room { bytes, events, joined: false });
         if let Some(pace) = &mut self.pace {
-            pace.take(frames.iter().filter(|frame| frame.is_event).count(), now);
+            pace.take(frames.iter().map(|frame| frame.events as usize).sum(), now);
         }
         frames
+    }
+
+    /// Whether several events may be handed over as one.
+    fn takes_joined(&self) -> bool {
+        let Wanted { framing, new, not_before, selection, .. } = &self.wanted;
+        let takes_all = not_before.is_none() && self.remaining.is_none() && self.places.len() == 1;
+        selection.every.is_some() && takes_all && *framing == Framing::Chunked && !new.are_told_apart()
     }
 
     /// What is there to be taken, from the first place in turn that has something. Begins to fetch what a place needs.
@@ -597,9 +623,10 @@ impl Cursor {
     /// that tell where all of them stand.
     fn frames(&self, numbers: &[usize], blocks: Vec<Found>) -> Vec<Frame> {
         if numbers.len() == self.places.len() && !self.wanted.new.are_told_apart() {
-            let frame = |found: Found| {
-                let is_event = found.stored.is_some();
-                Frame { is_event, ..Frame::new(found.sequence, found.block) }
+            let frame = |found: Found| Frame {
+                events: found.events,
+                joints: found.joints,
+                ..Frame::new(found.sequence, found.block)
             };
             return blocks.into_iter().map(frame).collect();
         }
@@ -615,7 +642,7 @@ impl Cursor {
             // base that is as high as it can be.
             others().map(|(number, _)| self.places[number].settled()).fold(first, u64::min)
         };
-        let frame = |Found { sequence, block, stored }| {
+        let frame = |Found { sequence, block, stored, events, joints: _ }| {
             let these = tags().enumerate().filter(|(number, _)| is_of_these(number)).map(|(_, tag)| (tag, sequence));
             let others = others().map(|(_, other)| other);
             // What is newer than anything that the client has seen tells of all of it.
@@ -624,8 +651,7 @@ impl Cursor {
                 Some(_) | None => self.hub.0.broker.witness(self.epoch),
             };
             let position = Position::new(self.epoch, base, others.chain(these)).with_witness(witness);
-            let is_event = stored.is_some();
-            Frame { own_id: Some(block.own_id(&position)), is_event, ..Frame::new(sequence, block) }
+            Frame { own_id: Some(block.own_id(&position)), events, ..Frame::new(sequence, block) }
         };
         blocks.into_iter().map(frame).collect()
     }
@@ -691,7 +717,7 @@ impl Cursor {
     /// The gap from `requested` to where the client stands now.
     fn gap(&self, requested: &str, reason: GapReason) -> Frame {
         let block = self.hub.gap(requested, &self.position(), reason).block(self.wanted.format);
-        Frame { is_event: false, ..Frame::new(self.places[self.turn].position, block) }
+        Frame { events: 0, ..Frame::new(self.places[self.turn].position, block) }
     }
 
     fn read_history(&self, number: usize) -> BoxFuture<'static, Fetched> {

@@ -29,7 +29,7 @@ use super::{
     feed::{Feed, Take},
     listeners::Listeners,
     log::{Entry, Log, News},
-    slice::{Item, Room},
+    slice::{Found, Item, Room, Slice},
 };
 use crate::{
     config,
@@ -38,6 +38,7 @@ use crate::{
     metrics::Counted,
     sieve::{Document, Sieve},
     subject::Subject,
+    wire::Format,
 };
 
 /// What a reader wants of its filters. Cheap to clone.
@@ -59,9 +60,21 @@ pub(super) struct Derived {
 
 struct State {
     log: Log,
+    /// What many readers take of the interval that ended last.
+    joined: Vec<Joined>,
     /// Where there is an interval.
     gathered: Option<Box<Gathered>>,
 }
+
+/// Everything from a place on, as far as it goes into one write, as one block.
+struct Joined {
+    after: u64,
+    format: Format,
+    found: Found,
+}
+
+/// How many of these are kept: readers that have kept up stand at the same place.
+const JOINED_MAX: usize = 4;
 
 /// What goes into the log at the end of the interval.
 struct Gathered {
@@ -163,7 +176,7 @@ impl Derived {
         Derived {
             selection,
             is_closed: AtomicBool::new(false),
-            state: Mutex::new(State { log, gathered }),
+            state: Mutex::new(State { log, joined: vec![], gathered }),
             listeners: Listeners::default(),
             _counted: Counted::in_gauge(&hub.0.metrics.feeds_derived),
         }
@@ -179,7 +192,7 @@ impl Derived {
     fn take_over(self: &Arc<Derived>, hub: &Hub, feed: &Arc<Feed>, passing: Vec<Arc<Entry>>, news: &News) {
         let limits = &hub.0.settings.feed;
         let mut state = self.state();
-        let State { log, gathered } = &mut *state;
+        let State { log, gathered, joined } = &mut *state;
         let Some(gathered) = gathered else {
             let is_any = !passing.is_empty();
             if log.proven() < news.base {
@@ -196,7 +209,10 @@ impl Derived {
         gathered.is_incomplete |= gathered.proven < news.base;
         let mut is_gap = false;
         for entry in passing {
-            is_gap |= entry.event().is_none();
+            if entry.event().is_none() {
+                is_gap = true;
+                joined.clear();
+            }
             gathered.take(entry, log);
         }
         (gathered.proven, gathered.newest) = (news.proven, gathered.newest.max(news.newest));
@@ -228,7 +244,8 @@ impl Derived {
 
     fn end_interval(&self, limits: &config::Feed) {
         let mut state = self.state();
-        let State { log, gathered } = &mut *state;
+        let State { log, gathered, joined } = &mut *state;
+        joined.clear();
         if let Some(gathered) = gathered {
             gathered.is_timed = false;
             gathered.move_to(log);
@@ -242,7 +259,27 @@ impl Derived {
         if self.is_closed.load(Ordering::Acquire) {
             return Take::Closed;
         }
-        self.state().log.take(position, encoder, room, skips)
+        let mut state = self.state();
+        if !room.joined {
+            return state.log.take(position, encoder, room, skips);
+        }
+        let is_same = |joined: &&Joined| joined.after == position && joined.format == encoder.format;
+        if let Some(joined) = state.joined.iter().find(is_same) {
+            return Take::Slice(Slice { reached: joined.found.sequence, blocks: vec![joined.found.clone()] });
+        }
+        match state.log.take(position, encoder, room, skips) {
+            Take::Slice(slice) if slice.blocks.len() > 1 && !state.log.may_expire() => {
+                let joined = Joined { after: position, format: encoder.format, found: slice.joined(encoder.memory) };
+                let slice = Slice { reached: slice.reached, blocks: vec![joined.found.clone()] };
+                // One whose last event is not where the slice ends would leave its readers before it.
+                if joined.found.sequence == slice.reached {
+                    state.joined.truncate(JOINED_MAX - 1);
+                    state.joined.insert(0, joined);
+                }
+                Take::Slice(slice)
+            }
+            taken => taken,
+        }
     }
 
     pub fn settled(&self, position: u64) -> u64 {
@@ -258,7 +295,8 @@ impl Derived {
 
     pub fn forget_before(&self, first: u64) {
         let mut state = self.state();
-        let State { log, gathered } = &mut *state;
+        let State { log, gathered, joined } = &mut *state;
+        joined.clear();
         log.forget_before(first);
         if let Some(gathered) = gathered {
             gathered.forget_before(first);
@@ -269,7 +307,8 @@ impl Derived {
 
     pub fn shrink(&self) {
         let mut state = self.state();
-        let State { log, gathered } = &mut *state;
+        let State { log, gathered, joined } = &mut *state;
+        joined.clear();
         log.shrink();
         if let Some(gathered) = gathered.as_mut().filter(|gathered| gathered.bytes > SMALL_BYTES) {
             gathered.forget();

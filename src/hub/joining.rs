@@ -99,7 +99,7 @@ impl Client {
         while left > 0 {
             let Ok(frames) = timeout(BOUND, frames_of(cursor)).await else { return };
             for frame in frames.iter().take(left) {
-                assert!(frame.is_event, "{frame:?}");
+                assert_eq!(frame.events, 1, "{frame:?}");
                 let subject = &published[frame.sequence as usize - 1].subject;
                 assert!(self.open.iter().any(|filter| Client::matches(filter, subject)), "{subject} was not asked for");
                 let is_first = self.got.insert(frame.sequence) || self.may_repeat.remove(&frame.sequence);

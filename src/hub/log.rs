@@ -191,6 +191,11 @@ impl Log {
         }
     }
 
+    /// Whether an event may expire while it is kept here.
+    pub fn may_expire(&self) -> bool {
+        self.entries.iter().any(|entry| entry.event().is_some_and(|event| event.expires.is_some()))
+    }
+
     /// What there is beyond a sequence.
     pub fn news(&self, from: u64) -> News {
         let entries = self.entries.range(self.after(from)..).cloned().collect();

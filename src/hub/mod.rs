@@ -72,7 +72,7 @@ use crate::{
     panics,
     shutdown::Tasks,
     subject::Filter,
-    wire::Format,
+    wire::{Format, Framing},
 };
 
 /// What `reader_map` is built on: replaced by loom's types in `tests/reader_map.rs`.
@@ -132,6 +132,7 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct Wish {
     pub format: Format,
+    pub framing: Framing,
     pub ends: Ends,
     pub selection: Selection,
     /// Most events in a second.
@@ -139,9 +140,9 @@ pub struct Wish {
 }
 
 impl Wish {
-    /// All events in this format, as they come.
+    /// All events in this format, as they come, without chunks.
     pub fn all(format: Format) -> Wish {
-        Wish { format, ends: Ends::default(), selection: Selection::default(), rate: None }
+        Wish { format, framing: Framing::Close, ends: Ends::default(), selection: Selection::default(), rate: None }
     }
 }
 
@@ -209,7 +210,7 @@ impl Hub {
         let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.as_ref().is_some_and(is_whole));
         let remaining = resume::remaining(self, &found, wish.ends).await?;
         let pace = wish.rate.map(Pace::new);
-        let wanted = Wanted { format: wish.format, new, not_before, selection: wish.selection };
+        let wanted = Wanted { format: wish.format, framing: wish.framing, new, not_before, selection: wish.selection };
         let cursor = Cursor::new(self.clone(), wanted, found, remaining, pace);
         let opening = match gap {
             Some((requested, reason)) => Opening::Gap(self.gap(&requested, &cursor.position(), reason)),

@@ -157,6 +157,47 @@ async fn positions_move_past_what_is_sifted_out_and_not_past_what_is_to_come() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_interval_is_handed_over_as_one_and_may_be_given_back_from_any_byte_on() {
+    let broker = Faulty::new(1);
+    let hub = hub(&broker, |_| {});
+    let joins = Wish { framing: Framing::Chunked, ..every(500) };
+    let mut together = open(&hub, "a.*", StartAt::Now, joins.clone()).await;
+    let mut same = open(&hub, "a.*", StartAt::Now, joins).await;
+    let mut apart = open(&hub, "a.*", StartAt::Now, every(500)).await;
+    for number in 0..90 {
+        publish(&broker, number % 30).await;
+    }
+    let apart = frames_of(&mut apart).await;
+    assert_eq!(apart.len(), 30);
+    let bytes = |frame: &Frame| frame.pieces(Framing::Chunked).concat();
+    let all: Vec<u8> = apart.iter().flat_map(bytes).collect();
+
+    let frames = frames_of(&mut together).await;
+    let [joined] = &frames[..] else { panic!("{frames:?}") };
+    assert_eq!((joined.events, joined.sequence, bytes(joined)), (30, 90, all.clone()));
+    let again = frames_of(&mut same).await;
+    assert_eq!(bytes(&again[0]).len(), all.len());
+    assert_eq!(joined.pieces(Framing::Chunked)[0].as_ptr(), again[0].pieces(Framing::Chunked)[0].as_ptr(), "made once");
+
+    let mut end = 0;
+    for (number, single) in apart.iter().enumerate() {
+        let start = end;
+        end += bytes(single).len();
+        for written in [start, start + 1, end - 1] {
+            let (event, begun, left) = joined.begun_event(written, &hub.0.memory).unwrap();
+            assert_eq!((event.sequence, begun, left), (single.sequence, written - start, 29 - number as u64));
+            assert_eq!(bytes(&event), bytes(single));
+        }
+    }
+    assert!(joined.begun_event(end, &hub.0.memory).is_none());
+    // From the tenth event on it comes again, one by one: what is behind one place is made for one client.
+    together.give_back_after(apart[9].sequence, 20);
+    let frames = frames_of(&mut together).await;
+    let again: Vec<u8> = frames.iter().flat_map(bytes).collect();
+    assert_eq!(again, apart[10..].iter().flat_map(bytes).collect::<Vec<_>>());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_a_sieve_has_sifted_is_read_and_asked_for_once_by_many_who_come_back() {
     let broker = Faulty::new(1);
     let hub = hub(&broker, |settings| settings.feed.events = 8);

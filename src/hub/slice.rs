@@ -1,9 +1,15 @@
 //! The next frames of a reader, whatever they come from: a feed's log, a page of history, a page of a snapshot.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 
 use super::encoded::{EncodedEvent, Encoder};
-use crate::{event::Event, wire::Block};
+use crate::{
+    event::Event,
+    memory::{Memory, Part},
+    wire::Block,
+};
 
 /// What follows a position.
 pub(super) struct Slice {
@@ -13,11 +19,25 @@ pub(super) struct Slice {
 }
 
 /// A block at a sequence.
+#[derive(Clone)]
 pub(super) struct Found {
     pub sequence: u64,
     pub block: Block,
     /// When its event was stored, if it is of one.
     pub stored: Option<Timestamp>,
+    /// How many events it is: several, where they are joined; of word of a gap, none.
+    pub events: u32,
+    /// Where they are joined, the end of each.
+    pub joints: Option<Arc<[Joint]>>,
+}
+
+/// The end of an event within a block of several.
+#[derive(Clone, Copy, Debug)]
+pub struct Joint {
+    pub sequence: u64,
+    pub events: u32,
+    /// In bytes.
+    pub end: usize,
 }
 
 /// How much a reader takes at once. Word of a gap counts as an event.
@@ -26,6 +46,8 @@ pub(super) struct Room {
     pub bytes: usize,
     /// At least one.
     pub events: usize,
+    /// Whether several events may be one block: the reader wants all there is, under ids that all have, in chunks.
+    pub joined: bool,
 }
 
 /// Something that may be next for a reader: an event, or word of a gap.
@@ -70,11 +92,36 @@ impl Slice {
                     break;
                 }
                 bytes += block.len();
-                blocks.push(Found { sequence: item.sequence(), block, stored: item.event().map(|event| event.time) });
+                let stored = item.event().map(|event| event.time);
+                blocks.push(Found {
+                    sequence: item.sequence(),
+                    block,
+                    stored,
+                    events: u32::from(stored.is_some()),
+                    joints: None,
+                });
             }
             reached = item.sequence();
         }
         Slice { blocks, reached }
+    }
+
+    /// All its blocks, of which there are several, as one.
+    pub fn joined(&self, memory: &Memory) -> Found {
+        let block = Block::joined(self.blocks.iter().map(|found| &found.block));
+        let held = memory.hold(Part::Frames, block.len());
+        let mut end = 0;
+        let joints = self.blocks.iter().map(|found| {
+            end += found.block.len();
+            Joint { sequence: found.sequence, events: found.events, end }
+        });
+        Found {
+            joints: Some(joints.collect()),
+            sequence: self.blocks.last().map_or(self.reached, |last| last.sequence),
+            block: block.keeping(held),
+            stored: self.newest(),
+            events: self.blocks.iter().map(|found| found.events).sum(),
+        }
     }
 
     /// When the newest of its events was stored.
