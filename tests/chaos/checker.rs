@@ -5,6 +5,9 @@
 //! was taken out on purpose before the client was told: its time to live was over, or its subject was purged. (A purge of
 //! the whole stream, its limits, and its deletion excuse nothing: they must be told, as gaps.)
 //!
+//! A client that wants a part is owed that part: what passes its sieve; of each subject the last of an interval, whatever it is that
+//! came before.
+//!
 //! What it can't see: a TTL or a purge of one subject excuses what was lost before it, where the client was told after.
 
 use std::{
@@ -19,7 +22,10 @@ use tidegate::{
     subject::{Filter, Subject},
 };
 
-use crate::ledger::{Moment, Outcome, Token, Truth};
+use crate::{
+    clients::Wants,
+    ledger::{Moment, Outcome, Token, Truth},
+};
 
 /// How much later than it happens it may be noted that something was dropped.
 const NOTED: Duration = Duration::from_secs(1);
@@ -30,6 +36,7 @@ pub struct Log {
     pub name: String,
     /// None of them covers another.
     pub filters: Vec<Filter>,
+    pub wants: Wants,
     pub begins: Begins,
     pub entries: Vec<Entry>,
 }
@@ -106,7 +113,8 @@ impl<'t> Checker<'t> {
     pub fn judge(&mut self, log: &Log, complete: bool) -> Vec<Violation> {
         let tags = log.filters.iter().map(Tag::of).collect();
         let (delivered, named) = (HashSet::new(), vec![]);
-        let mut case = Case { checker: self, log, tags, place: None, delivered, named, entry: 0, found: vec![] };
+        let last = self.last_of_each(log.wants);
+        let mut case = Case { checker: self, log, tags, place: None, delivered, named, last, entry: 0, found: vec![] };
         for (number, entry) in log.entries.iter().enumerate() {
             case.entry = number;
             case.consider(entry);
@@ -115,6 +123,19 @@ impl<'t> Checker<'t> {
             case.end();
         }
         case.found
+    }
+
+    /// Where a client wants the last event of each subject in an interval: the last one of all, of what it wants.
+    fn last_of_each(&self, wants: Wants) -> HashMap<(Epoch, Subject), u64> {
+        let mut last = HashMap::new();
+        if wants.every.is_some() {
+            for (id, token) in self.seen.iter().filter(|(_, token)| wants.passes(**token)) {
+                let Some(publication) = self.truth.publications.get(*token) else { continue };
+                let known = last.entry((id.epoch, publication.subject.clone())).or_insert(0);
+                *known = id.sequence.max(*known);
+            }
+        }
+        last
     }
 
     /// The last event that a filter matches, if it is of the last incarnation.
@@ -172,6 +193,8 @@ struct Case<'c, 't> {
     delivered: HashSet<EventId>,
     /// What gaps have named: of one filter, from one sequence (excluded) to another.
     named: Vec<(Epoch, Filter, u64, u64)>,
+    /// See [`Checker::last_of_each`].
+    last: HashMap<(Epoch, Subject), u64>,
     entry: usize,
     found: Vec<Violation>,
 }
@@ -202,6 +225,9 @@ impl Case<'_, '_> {
             return self.complain(format!("{to}, event {token} on {} does not match", publication.subject));
         };
         let id = EventId { epoch: to.epoch, sequence };
+        if !self.log.wants.passes(token) {
+            self.complain(format!("{id}, event {token}, is none of those that were wanted"));
+        }
         if !self.delivered.insert(id) {
             self.complain(format!("repeated: {id}"));
         }
@@ -317,7 +343,12 @@ impl Case<'_, '_> {
         for (filter, tag) in self.log.filters.iter().zip(&self.tags) {
             let events = checker.between(epoch, place.of(*tag), to(*tag)).iter().copied();
             lost.extend(events.filter(|(sequence, token)| {
-                filter.matches(&checker.truth.publications[*token].subject)
+                let subject = &checker.truth.publications[*token].subject;
+                // Where the last event of an interval is wanted, one that something newer follows may be left out.
+                let is_followed = self.last.get(&(epoch, subject.clone())).is_some_and(|last| last > sequence);
+                filter.matches(subject)
+                    && self.log.wants.passes(*token)
+                    && !is_followed
                     && !self.delivered.contains(&EventId { epoch, sequence: *sequence })
                     && !checker.was_removed(*token, told)
                     && !self.is_named(epoch, *sequence, &checker.truth.publications[*token].subject)

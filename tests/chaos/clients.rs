@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     checker::{Begins, Entry, Log, What},
-    ledger::Ledger,
+    ledger::{Ledger, Token},
+    load::GROUPS,
     support::{
         chunks::Chunks,
         sse::{Event, Parser, Signal},
@@ -48,6 +49,36 @@ pub enum Manner {
     Slow(u64),
 }
 
+/// What a client wants of its filters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wants {
+    /// Events of groups below this one (`where=`).
+    pub groups: Option<usize>,
+    /// Of each subject the last event in each so many milliseconds (`every=`).
+    pub every: Option<u64>,
+    /// So many events a second at most (`rate=`).
+    pub rate: Option<u32>,
+}
+
+impl Wants {
+    pub fn passes(self, token: Token) -> bool {
+        self.groups.is_none_or(|groups| token % GROUPS < groups)
+    }
+
+    /// As in a query.
+    fn query(self) -> String {
+        let groups = self.groups.map(|groups| format!("&where=@.data.group%3C{groups}"));
+        let every = self.every.map(|every| format!("&every={every}ms"));
+        let rate = self.rate.map(|rate| format!("&rate={rate}"));
+        [groups, every, rate].into_iter().flatten().collect()
+    }
+}
+
+fn token_of(data: &str) -> Option<Token> {
+    let data: serde_json::Value = serde_json::from_str(data).ok()?;
+    data["token"].as_u64().map(|token| token as Token)
+}
+
 /// A client, from its first connection to its end.
 pub struct Client {
     pub log: Arc<Mutex<Log>>,
@@ -58,7 +89,7 @@ pub struct Client {
 impl Client {
     pub fn start(
         name: String,
-        filters: Vec<Filter>,
+        (filters, wants): (Vec<Filter>, Wants),
         begins: Begins,
         manner: Manner,
         doors: Vec<Door>,
@@ -66,7 +97,7 @@ impl Client {
         ledger: Arc<Ledger>,
     ) -> Client {
         let stop = CancellationToken::new();
-        let log = Arc::new(Mutex::new(Log { name, filters, begins, entries: vec![] }));
+        let log = Arc::new(Mutex::new(Log { name, filters, wants, begins, entries: vec![] }));
         let visitor =
             Visitor { log: log.clone(), manner, doors, dice: StdRng::seed_from_u64(seed), ledger, last_event_id: None };
         let stopped = stop.clone();
@@ -131,8 +162,10 @@ impl Visitor {
         };
         let subjects: String = self.filters().iter().map(|filter| format!("&subject={filter}")).collect();
         let version = if self.dice.random_ratio(1, 4) { "HTTP/1.0" } else { "HTTP/1.1" };
-        let mut request =
-            format!("GET /events?from={from}{subjects} {version}\r\nHost: localhost\r\nAccept: text/event-stream\r\n");
+        let wants = self.log.lock().expect("no panic happens while a log is held").wants.query();
+        let mut request = format!(
+            "GET /events?from={from}{subjects}{wants} {version}\r\nHost: localhost\r\nAccept: text/event-stream\r\n"
+        );
         if let Some(id) = &self.last_event_id {
             request.push_str(&format!("Last-Event-ID: {id}\r\n"));
         }
@@ -221,7 +254,7 @@ impl Visitor {
                 Err(_) => What::Nonsense(format!("a position of {id:?}")),
             },
             Signal::Event(event) => match (parse(&event.last_event_id), &*event.kind) {
-                (Ok(id), "message") => match event.data.split(' ').next().and_then(|token| token.parse().ok()) {
+                (Ok(id), "message") => match token_of(&event.data) {
                     Some(token) => What::Event(id, token),
                     None => What::Nonsense(format!("{event:?}")),
                 },
@@ -271,7 +304,15 @@ impl Tourists {
                 let begins = if dice.random_bool(0.5) { Begins::First } else { Begins::Now };
                 let name = format!("tourist {seed:x}.{}", logs.len());
                 let (doors, ledger) = (doors.clone(), ledger.clone());
-                let client = Client::start(name, filters, begins, Manner::Roaming, doors, dice.random(), ledger);
+                let client = Client::start(
+                    name,
+                    (filters, Wants::default()),
+                    begins,
+                    Manner::Roaming,
+                    doors,
+                    dice.random(),
+                    ledger,
+                );
                 let stay = Duration::from_millis(dice.random_range(500..8000));
                 let _ = timeout(stay, stopped.cancelled()).await;
                 logs.push(client.end().await);

@@ -27,6 +27,9 @@ const TICK: Duration = Duration::from_millis(20);
 const WINDOW: usize = 2048;
 /// How long an acknowledgement may take before the event is sent again.
 const ACKNOWLEDGEMENT: Duration = Duration::from_secs(3);
+/// Events are of so many groups, by their tokens: what some clients want is told by it.
+pub const GROUPS: usize = 10;
+
 /// How long a batch may take. A gateway says after five seconds that an outcome is unknown.
 const BATCH: Duration = Duration::from_secs(9);
 /// How long a publisher tries one event.
@@ -67,7 +70,7 @@ impl Muse {
     fn on(&mut self, subject: Subject, ttl: Option<Duration>) -> Work {
         let token = self.ledger.publish(&subject, ttl);
         let padding = self.dice.random_range(0..200);
-        let payload = format!("{token} {subject} {:1$}", "", padding);
+        let payload = format!(r#"{{"token": {token}, "group": {}, "padding": "{:2$}"}}"#, token % GROUPS, "", padding);
         Work { token, subject, ttl, payload, begun_in: self.ledger.era() }
     }
 }

@@ -35,7 +35,7 @@ use tokio::{sync::Mutex as AsyncMutex, task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use checker::{Begins, Checker, Log, Violation, What};
-use clients::{Client, Door, Manner, Tourists};
+use clients::{Client, Door, Manner, Tourists, Wants};
 use faults::World;
 use jetstream::Operator;
 use ledger::Ledger;
@@ -261,11 +261,30 @@ fn clients(doors: &[Door], dice: &mut StdRng, rate: usize, ledger: &Arc<Ledger>)
         wishes.push((format!("t{}.s{}", dice.random_range(0..9), 10 + number), Begins::Now, Manner::Roaming));
         wishes.push((format!("t{}.s{}", dice.random_range(0..9), 20 + number), Begins::Now, slow(3000)));
     }
-    let start = |(filter, begins, manner): (String, Begins, Manner)| {
-        let name = format!("{filter} {manner:?}");
-        Client::start(name, filters(&filter), begins, manner, doors.to_vec(), dice.random(), ledger.clone())
+    let all = Wants::default();
+    let of_groups = |groups| Wants { groups: Some(groups), ..all };
+    let every = |every| Wants { every: Some(every), ..all };
+    let parts = [
+        (">", Begins::Now, Manner::Steady, of_groups(1)),
+        ("t0.*", Begins::First, Manner::Roaming, of_groups(3)),
+        ("*.s1", Begins::First, slow(600), of_groups(5)),
+        ("t1.* *.s2", Begins::Now, Manner::Roaming, of_groups(2)),
+        (">", Begins::Now, Manner::Steady, every(1_000)),
+        ("t1.*", Begins::First, Manner::Roaming, every(300)),
+        ("*.s3", Begins::Now, slow(600), every(500)),
+        ("t9.*", Begins::Now, Manner::Roaming, every(2_000)),
+        ("t2.*", Begins::First, Manner::Roaming, Wants { groups: Some(4), ..every(500) }),
+        ("t9.* t3.s3", Begins::First, Manner::Steady, Wants { rate: Some(200), ..all }),
+        ("t9.*", Begins::First, Manner::Roaming, Wants { rate: Some(200), groups: Some(7), ..all }),
+    ];
+    let parts = parts.map(|(filter, begins, manner, wants)| (filter.to_owned(), begins, manner, wants));
+    let wishes = wishes.into_iter().map(|(filter, begins, manner)| (filter, begins, manner, all));
+    let start = |(filter, begins, manner, wants): (String, Begins, Manner, Wants)| {
+        let name = if wants == all { format!("{filter} {manner:?}") } else { format!("{filter} {manner:?} {wants:?}") };
+        let (doors, filters) = (doors.to_vec(), filters(&filter));
+        Client::start(name, (filters, wants), begins, manner, doors, dice.random(), ledger.clone())
     };
-    wishes.into_iter().map(start).collect()
+    wishes.chain(parts).map(start).collect()
 }
 
 fn filters_of_tourists() -> Vec<Vec<Filter>> {

@@ -56,8 +56,13 @@ fn gap(requested: EventId, resumed: EventId, reason: &str) -> What {
 }
 
 fn judged(truth: &Truth, filter: &str, seen: Vec<What>) -> String {
+    judged_with(truth, filter, Wants::default(), seen)
+}
+
+fn judged_with(truth: &Truth, filter: &str, wants: Wants, seen: Vec<What>) -> String {
     let entries = seen.into_iter().enumerate().map(|(second, what)| Entry { at: at(second as u64), what }).collect();
-    let log = Log { name: "one".into(), filters: vec![Filter::parse(filter).unwrap()], begins: Begins::Now, entries };
+    let log =
+        Log { name: "one".into(), filters: vec![Filter::parse(filter).unwrap()], wants, begins: Begins::Now, entries };
     let found = Checker::new(truth).judge(&log, true);
     found.into_iter().map(|violation| violation.what + "\n").collect()
 }
@@ -87,6 +92,33 @@ fn what_is_right_passes() {
     seen.retain(|what| !matches!(what, What::Event(_, token) if token % 2 == 1));
     seen.push(What::Position(at_id(NEW, 4)));
     assert_eq!(judged(&truth(), "a", seen), "");
+}
+
+#[test]
+fn a_part_is_owed_as_a_part() {
+    let of_groups = Wants { groups: Some(5), ..Wants::default() };
+    let every = Wants { every: Some(1000), ..Wants::default() };
+    let seen = |tokens: &[Token]| {
+        let mut seen = right();
+        seen.retain(|what| !matches!(what, What::Event(_, token) if !tokens.contains(token)));
+        seen.push(What::Position(at_id(NEW, 4)));
+        seen
+    };
+    let sifted = [0, 1, 2, 3, 4, 10, 11, 12, 13];
+    assert_eq!(judged_with(&truth(), ">", of_groups, seen(&sifted)), "");
+    assert!(judged_with(&truth(), ">", of_groups, seen(&sifted[1..])).contains("lost: 1 events"));
+    let too_many = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13];
+    assert!(judged_with(&truth(), ">", of_groups, seen(&too_many)).contains("none of those that were wanted"));
+
+    let last = [3, 8, 9, 12, 13];
+    assert_eq!(judged_with(&truth(), ">", every, seen(&last)), "");
+    for without in [8, 9, 12, 13] {
+        let tokens: Vec<_> = last.into_iter().filter(|token| *token != without).collect();
+        assert!(judged_with(&truth(), ">", every, seen(&tokens)).contains("lost: 1 events"), "{without}");
+    }
+    let of_both = Wants { groups: Some(9), ..every };
+    assert_eq!(judged_with(&truth(), ">", of_both, seen(&[7, 8, 12, 13])), "");
+    assert!(judged_with(&truth(), ">", of_both, seen(&[5, 8, 12, 13])).contains("lost: 1 events"));
 }
 
 #[test]
@@ -238,8 +270,13 @@ fn one_that_begins_with_the_first_must_see_the_first() {
     truth.incarnations[0].first = 4;
     let judged = |position: u64| {
         let entries = vec![Entry { at: at(0), what: What::Position(at_id(OLD, position)) }];
-        let log =
-            Log { name: "one".into(), filters: vec![Filter::parse("b").unwrap()], begins: Begins::First, entries };
+        let log = Log {
+            name: "one".into(),
+            filters: vec![Filter::parse("b").unwrap()],
+            wants: Wants::default(),
+            begins: Begins::First,
+            entries,
+        };
         Checker::new(&truth).judge(&log, false).len()
     };
     assert_eq!(judged(3), 0);
