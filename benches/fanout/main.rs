@@ -19,6 +19,7 @@ mod process;
 mod publishing;
 mod reads;
 mod relay;
+mod selections;
 mod senders;
 mod swarm;
 mod target;
@@ -43,7 +44,9 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("budget", budget::compare),
     ("stalled", || stalled(1_000, 2_000)),
     ("reads", || reads::compare(100_000)),
-    ("sieve", || sieve(10_000, 10_000, 30_000)),
+    ("sieve", || selections::one_for_many(10_000, 10_000, 30_000)),
+    ("sieves", || selections::many(50, 5_000, 20_000)),
+    ("intervals", || selections::intervals(5_000, 1_000, 10_000, 8)),
     ("ndjson", || ndjson::compare(1_000_000)),
 ];
 
@@ -219,35 +222,6 @@ fn publish_in_turn(target: &mut Target, subjects: u32, rate: u32, events: u32) {
     pace(rate, events, target, |target, number| {
         target.publish(Some((number % subjects) as usize), number / subjects + 1, PAYLOAD_BYTES);
     });
-}
-
-/// Many readers of one sieve that lets 1 of 1,000 events pass, beside one reader of all.
-fn sieve(clients: usize, rate: u32, events: u32) {
-    println!(
-        "\n{clients} clients of type= at {rate} events a second, of which 1 in 1,000 passes (publishing over HTTP included)"
-    );
-    println!("          us/event, one reader of all   us/event, sifted  ratio   p50 ms   p99 ms");
-    let nats = NatsServer::start(LOAD_CORE);
-    let plenty = [("limits.publishes", "1000000"), ("limits.publishes_burst", "1000000")];
-    for mut target in targets(&nats, &plenty).into_iter().filter(|target| !target.is_floor()) {
-        let cost = |target: &mut Target, mut swarm: Clients, wanted: u32, publish: fn(&mut Target, u32)| {
-            let before = target.process().cpu();
-            pace(rate, events, target, publish);
-            let got = swarm.wait(wanted, PATIENCE_SECONDS);
-            ((target.process().cpu() - before).as_secs_f64() * 1e6 / f64::from(events), got)
-        };
-        let one = Clients::join(&target, 1, 1, true, None);
-        let (plain, _) = cost(&mut target, one, events, |target, number| {
-            target.publish(None, number + 1, PAYLOAD_BYTES);
-        });
-        let many = Clients::join_with(&target, (clients, 1), true, "?type=", None);
-        let (sifted, got) = cost(&mut target, many, events / 1000, |target, number| match number % 1000 {
-            999 => target.publish(None, number / 1000 + 1, PAYLOAD_BYTES),
-            _ => target.publish_typed("common", PAYLOAD_BYTES),
-        });
-        let [p50, p99, _] = got.latencies;
-        println!("{:>9} {plain:>27.1} {sifted:>18.1} {:>6.2} {p50:>8.1} {p99:>8.1}", target.name, sifted / plain);
-    }
 }
 
 /// Clients that come back at once, each with an id that is some events old, to a node whose feeds are new.

@@ -113,8 +113,17 @@ impl Target {
     /// Publishes an event of a type, in which its number is not looked at.
     pub fn publish_typed(&mut self, kind: &str, payload_bytes: usize) {
         let payload = wire::payload(0, payload_bytes);
+        self.publish_line(&format!("{{\"subject\":\"f0\",\"type\":\"{kind}\",\"data\":\"{payload}\"}}\n"));
+    }
+
+    /// Publishes an event of JSON with these members.
+    pub fn publish_json(&mut self, number: u32, members: &str, payload_bytes: usize) {
+        let payload = wire::json_payload(members, number, payload_bytes);
+        self.publish_line(&format!("{{\"subject\":\"f0\",\"data\":{payload}}}\n"));
+    }
+
+    fn publish_line(&mut self, line: &str) {
         if let Entry::Batch { socket, sent, .. } = self.entry() {
-            let line = format!("{{\"subject\":\"f0\",\"type\":\"{kind}\",\"data\":\"{payload}\"}}\n");
             write!(socket, "{:x}\r\n{line}\r\n", line.len()).expect("the gateway listens");
             *sent += 1;
         }
@@ -126,12 +135,17 @@ impl Target {
         }
     }
 
+    /// Has the floor do something.
+    pub fn order(&mut self, order: &[u8]) {
+        if let Entry::Floor(socket) = self.entry() {
+            socket.write_all(order).expect("the floor listens");
+        }
+    }
+
     /// Has every later client of the floor get these bytes at once.
     pub fn welcome(&mut self, bytes: &[u8]) {
-        if let Entry::Floor(socket) = self.entry() {
-            socket.write_all(&floor::order(floor::WELCOME, bytes)).expect("the floor listens");
-            socket.flush().expect("the floor listens");
-        }
+        self.order(&floor::order(floor::WELCOME, bytes));
+        self.flush();
     }
 
     /// Waits until the broker has acknowledged all.
@@ -193,17 +207,19 @@ pub struct Clients {
 /// What clients say of events that all of them have got.
 pub struct Got {
     pub took: Duration,
+    /// By all clients, since they joined.
+    pub deliveries: u64,
     /// Median, 99th and 99.9th percentile, in milliseconds.
     pub latencies: [f64; 3],
 }
 
 impl Clients {
-    /// Opens streams of `subjects` in turn and waits until all are open.
+    /// Opens streams of `subjects` in turn (0: of all of them) and waits until all are open.
     pub fn join(target: &Target, count: usize, subjects: usize, reads: bool, last_event_id: Option<&str>) -> Clients {
         Clients::join_with(target, (count, subjects), reads, "-", last_event_id)
     }
 
-    /// The same, with a query ("-" for none).
+    /// The same, with a query ("-" for none), in which `{}` is the number of a client.
     pub fn join_with(
         target: &Target,
         (count, subjects): (usize, usize),
@@ -220,12 +236,12 @@ impl Clients {
         Clients { process, joined }
     }
 
-    /// Waits until each client has `events` in all, each once, in order.
+    /// Waits until each client has the event with this number, each once, in order; of intervals, not each one.
     pub fn wait(&mut self, events: u32, patience: u32) -> Got {
         let answer = self.process.ask(&format!("await {events} {patience}"));
         let micros = |at: usize| answer[at].parse::<u64>().expect("microseconds");
         let latencies = [4, 5, 6].map(|at| micros(at) as f64 / 1000.0);
-        Got { took: Duration::from_micros(micros(1)), latencies }
+        Got { took: Duration::from_micros(micros(1)), deliveries: micros(2), latencies }
     }
 
     /// Has clients that did not read begin to.

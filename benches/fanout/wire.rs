@@ -24,8 +24,16 @@ pub fn block(number: u32, payload: &str) -> String {
     format!("{:x}\r\n{block}\r\n", block.len())
 }
 
+/// The same in a JSON object, before these members.
+pub fn json_payload(members: &str, number: u32, bytes: usize) -> String {
+    format!("{{{JSON_HEAD}{}\",{members}}}", payload(number, bytes))
+}
+
+const JSON_HEAD: &str = "\"m\":\"";
+
 /// The number of a payload, and how long ago it was made, in microseconds.
 pub fn read(payload: &[u8], now: u64) -> Option<(u32, u64)> {
+    let payload = if payload.starts_with(b"{") { &payload[1 + JSON_HEAD.len()..] } else { payload };
     let text = std::str::from_utf8(payload.get(..HEAD_BYTES)?).ok()?;
     let number = text[..8].parse().ok()?;
     let made: u64 = text[9..29].parse().ok()?;
