@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tidegate::sieve::{Condition, WHERE_BYTES_MAX};
 
 /// What is refused though it is an expression: see docs/src/subscribing.md.
-const LEFT_OUT: [&str; 4] = ["not to be had here", "begin with @", "where has at most", "in brackets stands a name"];
+const LEFT_OUT: [&str; 4] = ["not supported", "begin with @", "where has at most", "in brackets stands a name"];
 
 /// What the other implementation takes though the grammar (RFC 9535, section 2.3.5.1) does not have it: `!!@.a`, `!@.a == 1`,
 /// `1 < 2 < 3`, `(@.a) == 1`, `(0)`, `-01`.

@@ -18,8 +18,8 @@ use tokio::{runtime::Handle, sync::watch, time::timeout};
 use super::*;
 use crate::{
     broker::{
-        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Publication, Publish, PublishError, Published, Stock,
-        embedded::Embedded,
+        Acknowledgement, Broker, Health, Hint, Hints, LastKnown, Page, Publication, Publish, PublishError, Published,
+        Read, ReadFrom, SnapshotPage, SnapshotRead, Stock, embedded::Embedded,
     },
     config::Config,
     event::{EventId, EventType},

@@ -242,7 +242,7 @@ impl Parser<'_> {
                 let of = self.in_parentheses(Parser::operand)?;
                 Ok(Operand::Length(Box::new(of)))
             }
-            "match" | "search" | "count" | "value" => Err(format!("{word}() is not to be had here: length() is")),
+            "match" | "search" | "count" | "value" => Err(format!("{word}() is not supported: length() is")),
             "and" | "AND" => Err("conditions are joined by &&".into()),
             "or" | "OR" => Err("conditions are joined by ||".into()),
             "not" | "NOT" => Err("negation is !(...)".into()),
@@ -260,7 +260,7 @@ impl Parser<'_> {
             self.blanks();
             let rest = self.rest();
             if rest.starts_with("..") {
-                return Err("\"..\" is not to be had here: name one step after the other".into());
+                return Err("\"..\" is not supported: name one step after the other".into());
             } else if rest.starts_with('.') {
                 self.at += 1;
                 steps.push(self.shorthand()?);
@@ -280,7 +280,7 @@ impl Parser<'_> {
     fn shorthand(&mut self) -> Parsed<Step> {
         let rest = self.rest();
         match rest.chars().next() {
-            Some('*') => Err("\"*\" is not to be had here: name one step after the other".into()),
+            Some('*') => Err("\"*\" is not supported: name one step after the other".into()),
             Some(first) if begins_name(first) => {
                 let length = rest.find(|character| !continues_name(character)).unwrap_or(rest.len());
                 let name = rest[..length].to_owned();
@@ -302,9 +302,9 @@ impl Parser<'_> {
         let step = match self.rest().chars().next() {
             Some('"' | '\'') => Step::Name(self.string()?),
             Some('-' | '0'..='9') => self.index()?,
-            Some('*') => return Err("\"*\" is not to be had here: name one step after the other".into()),
-            Some(':') => return Err("slices are not to be had here: name one index".into()),
-            Some('?') => return Err("filters inside a path are not to be had here".into()),
+            Some('*') => return Err("\"*\" is not supported: name one step after the other".into()),
+            Some(':') => return Err("slices are not supported: name one index".into()),
+            Some('?') => return Err("filters inside a path are not supported".into()),
             _ => return Err("in brackets stands a name in quotes, or an index".into()),
         };
         self.blanks();
@@ -313,8 +313,8 @@ impl Parser<'_> {
                 self.at += 1;
                 Ok(step)
             }
-            Some(':') => Err("slices are not to be had here: name one index".into()),
-            Some(',') => Err("several selectors are not to be had here: name one".into()),
+            Some(':') => Err("slices are not supported: name one index".into()),
+            Some(',') => Err("several selectors are not supported: name one".into()),
             _ => Err("expected \"]\"".into()),
         }
     }
