@@ -316,7 +316,7 @@ impl Cursor {
             && remaining.asked_at.is_none_or(|at| at.elapsed() >= ASK_AGAIN)
         {
             let unproven = behind.filter(|place| place.reader.feed.proven() < last);
-            unproven.for_each(|place| place.reader.feed.resync(&self.hub, "until"));
+            unproven.for_each(|place| place.reader.feed.resync_for_reader(&self.hub, "until"));
             remaining.asked_at = Some(Instant::now());
         }
         false
@@ -486,7 +486,7 @@ impl Cursor {
                 snapshot.waits = false;
             } else if !std::mem::replace(&mut snapshot.has_asked, true) {
                 let unproven = behind.filter(|place| place.reader.feed.proven() < as_of);
-                unproven.for_each(|place| place.reader.feed.resync(&self.hub, "snapshot"));
+                unproven.for_each(|place| place.reader.feed.resync_for_reader(&self.hub, "snapshot"));
             }
         }
         !snapshot.waits

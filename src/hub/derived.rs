@@ -194,8 +194,9 @@ impl Derived {
         let mut state = self.state();
         let State { log, gathered, joined } = &mut *state;
         let Some(gathered) = gathered else {
-            let is_any = !passing.is_empty();
-            if log.proven() < news.base {
+            let has_forgotten = log.proven() < news.base;
+            let is_any = !passing.is_empty() || has_forgotten;
+            if has_forgotten {
                 log.begin_anew(news.base);
             }
             log.take_over(passing, news.proven, news.newest);

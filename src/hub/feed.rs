@@ -86,6 +86,8 @@ struct State {
     repair: Option<Repair>,
     /// There may be derived feeds.
     is_derived: bool,
+    /// Some reader waits for what is being read, even if nothing of it is for it.
+    is_awaited: bool,
 }
 
 /// What has come up since the read under way began.
@@ -497,6 +499,12 @@ impl Feed {
         }
     }
 
+    /// Has the feed read again from its proven position, for a reader that waits for how far that is.
+    pub(super) fn resync_for_reader(self: &Arc<Feed>, hub: &Hub, cause: &'static str) {
+        self.state().is_awaited = true;
+        self.resync(hub, cause);
+    }
+
     /// Has the feed read again from its proven position.
     pub(super) fn resync(self: &Arc<Feed>, hub: &Hub, cause: &'static str) {
         let resync = Resync::new(cause);
@@ -582,9 +590,11 @@ impl Feed {
             }
         }
         log.prove(page.proven);
+        let is_awaited = state.is_awaited;
         self.hand_on(hub, state, true);
-        // Some wait for what was read, even if nothing passes.
-        self.each_derived(|derived| derived.listeners.wake());
+        if is_awaited {
+            self.each_derived(|derived| derived.listeners.wake());
+        }
     }
 
     /// Considers what came up during a repair, and says whether another one is due.
@@ -603,6 +613,8 @@ impl Feed {
             repair.waiting_bytes = repair.waiting.iter().map(bytes_of).sum();
             repair.held.iter_mut().for_each(|held| held.resize(repair.waiting_bytes));
             state.repair = Some(repair);
+        } else {
+            state.is_awaited = false;
         }
         let has_moved = state.log.proven() > before;
         self.hand_on(hub, state, has_moved);

@@ -1,6 +1,10 @@
 //! Intervals and paces, which the model can't see: it has no clock.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::atomic::AtomicUsize,
+    task::{Context, Wake, Waker},
+};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::time::{Instant, timeout};
@@ -154,6 +158,40 @@ async fn positions_move_past_what_is_sifted_out_and_not_past_what_is_to_come() {
     let frames = frames_of(&mut gathers).await;
     assert_eq!(frames.iter().map(|frame| frame.sequence).collect::<Vec<_>>(), [98, 99, 100]);
     assert_eq!(id_of(&frames[2]).of(tag), 100);
+}
+
+/// Counts how often it was woken.
+#[derive(Default)]
+struct Woken(AtomicUsize);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Woken>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readers_of_a_part_are_woken_by_it_and_by_nothing_else() {
+    let broker = Faulty::new(1);
+    let hub = hub(&broker, |settings| settings.audit.interval = Duration::from_secs(3600));
+    // Of a filter with wildcards among others' events: most of them are read for, and not only heard.
+    let mut cursor = open(&hub, "a.*", StartAt::Now, sifted("@.subject == 'a.7'", Wish::all(Format::Raw))).await;
+    let mut all = open(&hub, "a.*", StartAt::Now, Wish::all(Format::Raw)).await;
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(woken.clone());
+    assert!(cursor.poll_next(&mut Context::from_waker(&waker)).is_pending());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let before = woken.0.load(Ordering::Relaxed);
+    for number in 0..200 {
+        publish(&broker, number % 5).await;
+        broker.publish("elsewhere").await;
+    }
+    assert_eq!(rest(&mut all).await.len(), 200);
+    assert_eq!(woken.0.load(Ordering::Relaxed), before);
+    publish(&broker, 7).await;
+    assert_eq!(rest(&mut all).await.len(), 1);
+    assert_eq!(woken.0.load(Ordering::Relaxed), before + 1);
+    assert!(cursor.poll_next(&mut Context::from_waker(&waker)).is_ready());
 }
 
 #[tokio::test(start_paused = true)]
