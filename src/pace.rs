@@ -58,7 +58,7 @@ impl Pace {
 
     /// When the next ones may be handed over: of many, some at once.
     pub fn next(&self) -> Instant {
-        self.due + self.interval().max(BURST / 2)
+        self.due + self.interval().max(BURST / 10)
     }
 
     fn interval(&self) -> Duration {
