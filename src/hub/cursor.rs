@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use super::{
     Hub,
     derived::Selection,
-    encoded::{EncodedEvent, Encoder},
+    encoded::Encoder,
     ends::{ASK_AGAIN, Bound, Completed, Remaining},
     feed::Take,
     pages::{Ahead, Asked, SharedPage},
@@ -173,24 +173,16 @@ impl Cursor {
     /// Stands in these places from now on, of whose feeds it wants a part perhaps.
     fn stand(&mut self, places: Vec<Place>) {
         (self.places, self.turn) = (places.into_iter().collect(), 0);
-        let Selection { sieve, every } = &self.wanted.selection;
-        for place in &mut self.places {
-            if sieve.is_some() || every.is_some() {
-                place.reader.select(&self.wanted.selection);
-            }
-            if every.is_some() {
-                // What is last of each subject is read for anew.
-                place.ahead = Ahead::default();
-            } else if let Some(sieve) = sieve {
-                let sift = |events: &[_]| {
-                    self.hub.sift(self.epoch, sieve, events, |encoded: &Arc<EncodedEvent>| &encoded.event)
-                };
-                let is_any = !place.ahead.is_empty();
-                place.ahead.select(&self.hub.0.memory, sift);
-                if is_any && place.ahead.is_empty() {
-                    self.has_untold_move |= place.position < place.ahead_proven;
-                    place.position = place.position.max(place.ahead_proven);
-                }
+        let selection = &self.wanted.selection;
+        for place in self.places.iter_mut().filter(|_| !selection.is_everything()) {
+            place.reader.select(selection);
+            // What it begins with was read for it alone, and nothing of it is selected yet: that is done for all who begin there.
+            if let Some(page) = place.ahead.take()
+                && selection.sieve.is_some()
+            {
+                let filter = place.reader.feed.filter.clone();
+                let asked = Asked { after: place.position, filter, selection: Selection::default() };
+                self.hub.0.pages.offer(&asked, page);
             }
         }
         (0..self.places.len()).for_each(|number| self.narrow(number));

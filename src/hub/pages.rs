@@ -89,6 +89,12 @@ impl Pages {
         flight
     }
 
+    /// Takes over a page that a client has read for itself, unless there is one.
+    pub fn offer(&self, asked: &Asked, page: Arc<SharedPage>) {
+        // One that is being read is as good.
+        let _ = self.flight(asked).set(page);
+    }
+
     /// Forgets a page that says nothing new: the next one to ask may learn more.
     pub fn forget(&self, flight: &Flight) {
         self.recent().retain(|page| !Arc::ptr_eq(&page.flight, flight));
@@ -155,12 +161,9 @@ impl Ahead {
         self.page.iter().flat_map(|page| &page.events[self.next..]).map(|encoded| &**encoded)
     }
 
-    /// Keeps what `select` leaves of its events, which may be nothing.
-    pub fn select(&mut self, memory: &Memory, select: impl FnOnce(&[Arc<EncodedEvent>]) -> Vec<Arc<EncodedEvent>>) {
-        if let Some(page) = self.page.take() {
-            let selected = page.part(select(&page.events[self.next..]), memory);
-            *self = Ahead::after(Arc::new(selected), 0);
-        }
+    /// Lets go of the page, if there is one.
+    pub fn take(&mut self) -> Option<Arc<SharedPage>> {
+        std::mem::take(self).page
     }
 
     /// Keeps the first so many events: where that is not all of them, and how far these go.
