@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tidegate::{
     broker::{Broker, Condition, Health, Hint, Publication, Publish, PublishError, Read, ReadFrom, nats::Nats},
     config::{self, History},
-    hub::{self, Hub, NewFilters, Start, StartAt, Wish},
+    hub::{self, Hub, NewFilters, Start, StartAt, SubscribeOptions},
     memory::Memory,
     metrics::Metrics,
     shutdown::Tasks,
@@ -539,7 +539,7 @@ async fn a_stream_changed_under_a_gateway_is_told_and_loses_nothing() {
     let mut cursors = vec![];
     for wanted in ["a", "*", ">"] {
         let start = Start { last_event_id: None, at: StartAt::Now, new: NewFilters::Lowest };
-        cursors.push(hub.subscribe(&[filter(wanted)], start, Wish::all(Format::Raw)).await.unwrap().1);
+        cursors.push(hub.subscribe(&[filter(wanted)], start, SubscribeOptions::all(Format::Raw)).await.unwrap().1);
     }
     let whole = operator.ask("STREAM.INFO.EVENTS", Value::Null).await["config"].take();
 

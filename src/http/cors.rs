@@ -23,9 +23,9 @@ use crate::{auth::local::is_local_origin, config};
 
 /// What a page may send, beside what every page may.
 const METHODS: &str = "GET, POST";
-const HEADERS: &str = "Last-Event-ID, Content-Type, Cache-Control, Idempotency-Key, If-Match, If-None-Match";
-const HEADERS_OF_LISTED: &str =
-    "Last-Event-ID, Content-Type, Cache-Control, Idempotency-Key, If-Match, If-None-Match, Authorization";
+const HEADERS: &str =
+    "Last-Event-ID, Content-Type, Cache-Control, Idempotency-Key, If-Match, If-None-Match, Tidegate-Events";
+const HEADERS_OF_LISTED: &str = "Last-Event-ID, Content-Type, Cache-Control, Idempotency-Key, If-Match, If-None-Match, Tidegate-Events, Authorization";
 
 /// The origins that a gateway admits though they are not listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -147,7 +147,7 @@ codes! {
     TooManyStreams = 503 "too_many_streams" "Too many streams"
         "`limits.streams` are open on this node.";
     TooManySieves = 503 "too_many_sieves" "Too many sieves"
-        "`limits.sieves` different wishes (`type=`, `where=`, `every=`) of the readers of one filter are met on this node.";
+        "`limits.sieves` different selections (`type=`, `where=`, `every=`) of the readers of one filter are in use on this node.";
     TooManyBatches = 503 "too_many_batches" "Too many batches"
         "`limits.batches` are open on this node, or half of `limits.connections`.";
     TooManyConnections = 503 "too_many_connections" "Too many connections"

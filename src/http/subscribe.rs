@@ -32,28 +32,20 @@ use crate::{
     auth::Principal,
     broker::{BrokerError, Health},
     config::parse_duration,
-    hub::{Ends, NewFilters, Opening, Selection, Start, StartAt, Until, Wish},
+    hub::{Ends, NewFilters, Opening, Selection, Start, StartAt, SubscribeOptions, Until},
     sieve::{Condition, Sieve, Types},
     subject::{Filter, SubjectError},
     wire::{Format, Framing},
 };
 
-/// The parameters beside the filter in the path.
+/// The parameters of a stream.
+#[rustfmt::skip]
+const KNOWN: &[&str] = &[
+    "subject", "from", "new", "type", "where", "every", "rate", "format", "lastEventId", "limit", "until", "follow", "wait",
+];
+/// Without `subject`: the filter stands in the path.
 pub(super) const OF_ONE: Parameters = Parameters {
-    known: &[
-        "from",
-        "new",
-        "type",
-        "where",
-        "every",
-        "rate",
-        "format",
-        "lastEventId",
-        "limit",
-        "until",
-        "follow",
-        "wait",
-    ],
+    known: KNOWN.split_at(1).1,
     advice: &[
         (&["topic", "topics", "channel"], "the subject stands in the path: /events/{subject}"),
         ID,
@@ -64,21 +56,7 @@ pub(super) const OF_ONE: Parameters = Parameters {
     ],
 };
 pub(super) const OF_SEVERAL: Parameters = Parameters {
-    known: &[
-        "subject",
-        "from",
-        "new",
-        "type",
-        "where",
-        "every",
-        "rate",
-        "format",
-        "lastEventId",
-        "limit",
-        "until",
-        "follow",
-        "wait",
-    ],
+    known: KNOWN,
     advice: &[
         (&["topic", "topics", "channel"], "did you mean \"subject\"?"),
         ID,
@@ -152,7 +130,7 @@ async fn respond(
 struct SubscribeRequest {
     filters: Vec<Filter>,
     start: Start,
-    wish: Wish,
+    options: SubscribeOptions,
 }
 
 impl SubscribeRequest {
@@ -194,7 +172,7 @@ impl SubscribeRequest {
         Ok(SubscribeRequest {
             filters,
             start: Start { last_event_id: presented_id(request), at, new },
-            wish: Wish { format, framing, ends, selection, rate: parse_rate(query)? },
+            options: SubscribeOptions { format, framing, ends, selection, rate: parse_rate(query)? },
         })
     }
 }
@@ -213,7 +191,7 @@ async fn open(
     }
     let place = app.shares.open_stream(&caller(request, principal), wanted.filters.len())?;
     let permit = app.deliveries.admit(place).ok_or_else(|| ApiError::new(Code::TooManyStreams, ""))?;
-    let Wish { format, framing, .. } = wanted.wish;
+    let SubscribeOptions { format, framing, .. } = wanted.options;
     let body = if request.method() == Method::HEAD {
         if let Health::Away(why) = app.broker.health() {
             return Err(BrokerError::Unavailable(why).into());
@@ -222,17 +200,17 @@ async fn open(
     } else {
         let socket_share =
             request.conn_data::<Rc<SharedSocket>>().expect("every connection carries its shared socket").clone();
-        let SubscribeRequest { filters, start, wish } = wanted;
+        let SubscribeRequest { filters, start, options } = wanted;
         let sieves_max = app.limits.borrow().sieves;
-        let is_over = |filter: &Filter| app.hub.other_selections(filter, &wish.selection) >= sieves_max;
-        if !wish.selection.is_everything() && filters.iter().any(is_over) {
+        let is_over = |filter: &Filter| app.hub.other_selections(filter, &options.selection) >= sieves_max;
+        if !options.selection.is_everything() && filters.iter().any(is_over) {
             let detail = format!(
-                "readers of one filter have {sieves_max} different wishes (type=, where=, every=) here: a subject says it for fewer"
+                "readers of one filter have {sieves_max} different selections (type=, where=, every=) here, and more are not taken: put what is different for each reader into the subject"
             );
             return Err(ApiError::new(Code::TooManySieves, detail));
         }
-        let (is_back, until) = (start.last_event_id.is_some(), wish.ends.until.clone());
-        let (opening, cursor) = app.hub.subscribe(&filters, start, wish).await?;
+        let (is_back, until) = (start.last_event_id.is_some(), options.ends.until.clone());
+        let (opening, cursor) = app.hub.subscribe(&filters, start, options).await?;
         if let Some(Until::Position(until)) = until
             && !until.epoch.is_named(cursor.epoch())
         {

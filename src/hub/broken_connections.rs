@@ -6,7 +6,7 @@ use std::{process::Command, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{Hub, NewFilters, Proof, Settings, Start, StartAt, Wish, tests::frames_of};
+use super::{Hub, NewFilters, Proof, Settings, Start, StartAt, SubscribeOptions, tests::frames_of};
 use crate::{
     broker::{
         Broker, Health, Publication, Publish,
@@ -61,8 +61,11 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
                 [(&*subject, StartAt::First), (">", StartAt::Time(began)), ("*.*", StartAt::Time(began))]
             {
                 let start = Start { last_event_id: None, at, new: NewFilters::Lowest };
-                let mut cursor =
-                    hub.subscribe(&[Filter::parse(filter).unwrap()], start, Wish::all(Format::Raw)).await.unwrap().1;
+                let mut cursor = hub
+                    .subscribe(&[Filter::parse(filter).unwrap()], start, SubscribeOptions::all(Format::Raw))
+                    .await
+                    .unwrap()
+                    .1;
                 readers.spawn(async move {
                     let mut got: Vec<u64> = vec![];
                     loop {
@@ -88,7 +91,7 @@ async fn a_task_that_stops_is_noticed_and_replaced_without_a_lost_or_repeated_ev
             // New feeds, and history, at once.
             let start = Start { last_event_id: None, at: StartAt::First, new: NewFilters::Lowest };
             let filter = Filter::parse(&format!("{connection}.*")).unwrap();
-            hub.subscribe(&[filter], start, Wish::all(Format::Raw)).await.unwrap();
+            hub.subscribe(&[filter], start, SubscribeOptions::all(Format::Raw)).await.unwrap();
             publishing.abort();
             let stored = match publishing.await {
                 Ok(()) => unreachable!("it publishes until it is told"),

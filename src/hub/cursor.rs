@@ -125,8 +125,7 @@ impl Frame {
         let left = joints[number + 1..].iter().map(|joint| u64::from(joint.events)).sum();
         let block = self.block.part(start..joint.end);
         let held = memory.hold(Part::Frames, block.len());
-        let frame =
-            Frame { events: joint.events, stored: self.stored, ..Frame::new(joint.sequence, block.keeping(held)) };
+        let frame = Frame { events: joint.events, ..Frame::new(joint.sequence, block.keeping(held)) };
         Some((frame, written - start, left))
     }
 

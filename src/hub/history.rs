@@ -11,7 +11,7 @@ use super::{
 use crate::{
     broker::{Bounds, BrokerError, Page, Read, ReadFrom, SnapshotPage, SnapshotRead},
     event::{Epoch, Event},
-    memory::{Held, Part},
+    memory::{Held, Part, SMALL_BYTES},
 };
 
 /// Pages of history that are looked at for the last event of each subject before a client hears of it.
@@ -112,7 +112,8 @@ impl Hub {
         let end = last.or_else(|| self.0.feeds.get(&asked.filter).map(|feed| feed.proven())).unwrap_or(0);
         let first = self.read_shared(epoch, &every_one(asked.after)).await?;
         let mut gathered = HashMap::new();
-        let mut bytes = 0;
+        // History may be looked through for many clients at the same time.
+        let (mut bytes, mut held) = (0, self.0.memory.hold(Part::Pages, 0));
         let (mut page, mut proven, mut pages) = (first.clone(), asked.after, 0);
         loop {
             for encoded in page.events.iter().filter(|encoded| last.is_none_or(|last| encoded.event.sequence <= last)) {
@@ -122,7 +123,10 @@ impl Hub {
             }
             let has_moved = page.proven > proven;
             (proven, pages) = (page.proven.max(proven), pages + 1);
-            let is_full = gathered.len() >= limits.events || bytes >= limits.bytes || pages == PAGES_AT_ONCE;
+            held.resize(bytes);
+            let is_short = bytes > SMALL_BYTES && self.0.memory.is_high();
+            let is_full =
+                gathered.len() >= limits.events || bytes >= limits.bytes || pages == PAGES_AT_ONCE || is_short;
             if proven >= end || is_full || !has_moved {
                 break;
             }

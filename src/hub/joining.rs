@@ -56,7 +56,8 @@ impl Client {
             |filter: &str| known.as_ref().is_some_and(|id| id.names(Tag::of(&Filter::parse(filter).unwrap())));
         self.opened_at.retain(|filter, _| is_known(filter));
         let start = Start { last_event_id: self.id.clone(), at: StartAt::Snapshot, new };
-        let (opening, cursor) = hub.subscribe(&filters(&self.open), start, Wish::all(Format::Raw)).await.unwrap();
+        let (opening, cursor) =
+            hub.subscribe(&filters(&self.open), start, SubscribeOptions::all(Format::Raw)).await.unwrap();
         match opening {
             Opening::Position(position) => self.id = Some(position.to_string()),
             Opening::Snapshot => {}
@@ -190,7 +191,7 @@ async fn a_new_filter_begins_as_it_is_asked_to_and_a_known_one_goes_on() {
     }
     let open = async |filter: &[&str], id: Option<String>, new| {
         let start = Start { last_event_id: id, at: StartAt::Snapshot, new };
-        hub.subscribe(&filters(filter), start, Wish::all(Format::Raw)).await.unwrap()
+        hub.subscribe(&filters(filter), start, SubscribeOptions::all(Format::Raw)).await.unwrap()
     };
     let next = async |cursor: &mut Cursor| timeout(BOUND, frames_of(cursor)).await.unwrap();
     let (_, mut cursor) = open(&["a"], None, NewFilters::Snapshot).await;

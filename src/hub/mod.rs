@@ -127,7 +127,7 @@ pub struct Settings {
 
 /// What a client wants of its filters, from where it begins.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct SubscribeOptions {
     pub format: Format,
     pub framing: Framing,
     pub ends: Ends,
@@ -136,10 +136,16 @@ pub struct Wish {
     pub rate: Option<NonZeroU32>,
 }
 
-impl Wish {
+impl SubscribeOptions {
     /// All events in this format, as they come, without chunks.
-    pub fn all(format: Format) -> Wish {
-        Wish { format, framing: Framing::Close, ends: Ends::default(), selection: Selection::default(), rate: None }
+    pub fn all(format: Format) -> SubscribeOptions {
+        SubscribeOptions {
+            format,
+            framing: Framing::Close,
+            ends: Ends::default(),
+            selection: Selection::default(),
+            rate: None,
+        }
     }
 }
 
@@ -187,7 +193,7 @@ impl Hub {
         &self,
         filters: &[Filter],
         start: Start,
-        wish: Wish,
+        options: SubscribeOptions,
     ) -> Result<(Opening, Cursor), BrokerError> {
         let resumes = start.last_event_id.is_some();
         // An EventSource that comes back with an id repeats its URL: what it asked for holds.
@@ -205,9 +211,10 @@ impl Hub {
         };
         let is_whole = |snapshot: &Snapshot| snapshot.places.len() == found.places.len();
         let (gap, is_snapshot) = (found.gap.clone(), found.snapshot.as_ref().is_some_and(is_whole));
-        let remaining = resume::remaining(self, &found, wish.ends).await?;
-        let pace = wish.rate.map(Pace::new);
-        let wanted = Wanted { format: wish.format, framing: wish.framing, new, not_before, selection: wish.selection };
+        let remaining = resume::remaining(self, &found, options.ends).await?;
+        let pace = options.rate.map(Pace::new);
+        let wanted =
+            Wanted { format: options.format, framing: options.framing, new, not_before, selection: options.selection };
         let cursor = Cursor::new(self.clone(), wanted, found, remaining, pace);
         let opening = match gap {
             Some((requested, reason)) => Opening::Gap(self.gap(&requested, &cursor.position(), reason)),

@@ -20,23 +20,23 @@ use crate::{
     sieve::{Condition, Sieve},
 };
 
-fn every(milliseconds: u64) -> Wish {
+fn every(milliseconds: u64) -> SubscribeOptions {
     let selection = Selection { sieve: None, every: Some(Duration::from_millis(milliseconds)) };
-    Wish { selection, ..Wish::all(Format::Raw) }
+    SubscribeOptions { selection, ..SubscribeOptions::all(Format::Raw) }
 }
 
-fn sifted(condition: &str, wish: Wish) -> Wish {
+fn sifted(condition: &str, options: SubscribeOptions) -> SubscribeOptions {
     let sieve = Sieve::new(None, Some(Condition::parse(condition).unwrap()));
-    Wish { selection: Selection { sieve, ..wish.selection }, ..wish }
+    SubscribeOptions { selection: Selection { sieve, ..options.selection }, ..options }
 }
 
-fn ending(until: Until, wish: Wish) -> Wish {
-    Wish { ends: Ends { until: Some(until), ..Ends::default() }, ..wish }
+fn ending(until: Until, options: SubscribeOptions) -> SubscribeOptions {
+    SubscribeOptions { ends: Ends { until: Some(until), ..Ends::default() }, ..options }
 }
 
-async fn open(hub: &Hub, filter: &str, at: StartAt, wish: Wish) -> Cursor {
+async fn open(hub: &Hub, filter: &str, at: StartAt, options: SubscribeOptions) -> Cursor {
     let start = Start { last_event_id: None, at, new: NewFilters::Lowest };
-    hub.subscribe(&filters(&[filter]), start, wish).await.unwrap().1
+    hub.subscribe(&filters(&[filter]), start, options).await.unwrap().1
 }
 
 /// What comes until nothing more does.
@@ -105,8 +105,8 @@ async fn after_a_long_absence_comes_the_state_and_not_the_history() {
         published.push((number % 10, publish(&broker, number % 10).await.sequence));
     }
     let after = StartAt::After(Position::from(begun));
-    for wish in [every(500), sifted("@.data == 'x'", every(500))] {
-        let mut cursor = open(&hub, "a.*", after.clone(), wish).await;
+    for options in [every(500), sifted("@.data == 'x'", every(500))] {
+        let mut cursor = open(&hub, "a.*", after.clone(), options).await;
         assert_eq!(rest(&mut cursor).await, last_of_each(&published));
         assert_eq!(rest(&mut open(&hub, "a.*", StartAt::First, every(500)).await).await, last_of_each(&published));
     }
@@ -131,9 +131,9 @@ async fn what_was_last_before_the_end_comes_though_something_newer_is_there() {
         publish(&broker, number % 3).await;
     }
     for condition in [None, Some("@.data == 'x'")] {
-        let wish = ending(Until::Position(end.clone()), every(200));
-        let wish = condition.map_or_else(|| wish.clone(), |condition| sifted(condition, wish.clone()));
-        let mut cursor = open(&hub, "a.*", StartAt::First, wish).await;
+        let options = ending(Until::Position(end.clone()), every(200));
+        let options = condition.map_or_else(|| options.clone(), |condition| sifted(condition, options.clone()));
+        let mut cursor = open(&hub, "a.*", StartAt::First, options).await;
         assert_eq!(rest(&mut cursor).await, [8, 9, 10], "{condition:?}");
         assert_eq!(cursor.completed(), Some(Completed::Until));
     }
@@ -147,7 +147,8 @@ async fn positions_move_past_what_is_sifted_out_and_not_past_what_is_to_come() {
     let broker = Faulty::new(1);
     let hub = hub(&broker, |settings| settings.feed.events = 8);
     let tag = Tag::of(&filters(&["a.*"])[0]);
-    let mut sifts = open(&hub, "a.*", StartAt::Now, sifted("@.subject == 'a.7'", Wish::all(Format::Raw))).await;
+    let mut sifts =
+        open(&hub, "a.*", StartAt::Now, sifted("@.subject == 'a.7'", SubscribeOptions::all(Format::Raw))).await;
     let mut gathers = open(&hub, "a.*", StartAt::Now, every(10_000)).await;
     for number in 0..100 {
         publish(&broker, number % 3).await;
@@ -175,8 +176,9 @@ async fn readers_of_a_part_are_woken_by_it_and_by_nothing_else() {
     let broker = Faulty::new(1);
     let hub = hub(&broker, |settings| settings.audit.interval = Duration::from_secs(3600));
     // Of a filter with wildcards among others' events: most of them are read for, and not only heard.
-    let mut cursor = open(&hub, "a.*", StartAt::Now, sifted("@.subject == 'a.7'", Wish::all(Format::Raw))).await;
-    let mut all = open(&hub, "a.*", StartAt::Now, Wish::all(Format::Raw)).await;
+    let mut cursor =
+        open(&hub, "a.*", StartAt::Now, sifted("@.subject == 'a.7'", SubscribeOptions::all(Format::Raw))).await;
+    let mut all = open(&hub, "a.*", StartAt::Now, SubscribeOptions::all(Format::Raw)).await;
     let woken = Arc::new(Woken::default());
     let waker = Waker::from(woken.clone());
     assert!(cursor.poll_next(&mut Context::from_waker(&waker)).is_pending());
@@ -198,7 +200,7 @@ async fn readers_of_a_part_are_woken_by_it_and_by_nothing_else() {
 async fn an_interval_is_handed_over_as_one_and_may_be_given_back_from_any_byte_on() {
     let broker = Faulty::new(1);
     let hub = hub(&broker, |_| {});
-    let joins = Wish { framing: Framing::Chunked, ..every(500) };
+    let joins = SubscribeOptions { framing: Framing::Chunked, ..every(500) };
     let mut together = open(&hub, "a.*", StartAt::Now, joins.clone()).await;
     let mut same = open(&hub, "a.*", StartAt::Now, joins).await;
     let mut apart = open(&hub, "a.*", StartAt::Now, every(500)).await;
@@ -242,14 +244,14 @@ async fn what_a_sieve_has_sifted_is_read_and_asked_for_once_by_many_who_come_bac
     for number in 0..2_000 {
         publish(&broker, number % 10).await;
     }
-    let wish = sifted("@.subject == 'a.3'", Wish::all(Format::Raw));
+    let options = sifted("@.subject == 'a.3'", SubscribeOptions::all(Format::Raw));
     let asked = || {
         let counts = ["passed", "sifted"].map(|result| hub.0.metrics.sieve_events.with_label_values(&[result]).get());
         counts.iter().sum::<u64>()
     };
     let mut cursors = vec![];
     for _ in 0..50 {
-        cursors.push(open(&hub, "a.*", StartAt::First, wish.clone()).await);
+        cursors.push(open(&hub, "a.*", StartAt::First, options.clone()).await);
     }
     let all = cursors.iter_mut().map(|cursor| async { assert_eq!(rest(cursor).await.len(), 200) });
     futures_util::future::join_all(all).await;
@@ -257,7 +259,7 @@ async fn what_a_sieve_has_sifted_is_read_and_asked_for_once_by_many_who_come_bac
     // It is not scanned twice.
     let position = cursors[0].settled_position().unwrap();
     let before = asked();
-    assert_eq!(rest(&mut open(&hub, "a.*", StartAt::After(position), wish).await).await, [0; 0]);
+    assert_eq!(rest(&mut open(&hub, "a.*", StartAt::After(position), options).await).await, [0; 0]);
     assert_eq!(asked(), before);
 }
 
@@ -269,8 +271,8 @@ async fn a_client_that_wants_its_events_slowly_gets_all_of_them_slowly() {
         publish(&broker, number % 3).await;
     }
     for (at, count) in [(StartAt::First, 300), (StartAt::Snapshot, 3)] {
-        let wish = Wish { rate: NonZeroU32::new(20), ..Wish::all(Format::Raw) };
-        let mut cursor = open(&hub, "a.*", at, wish).await;
+        let options = SubscribeOptions { rate: NonZeroU32::new(20), ..SubscribeOptions::all(Format::Raw) };
+        let mut cursor = open(&hub, "a.*", at, options).await;
         let began = Instant::now();
         let mut got = vec![];
         while got.len() < count {

@@ -193,7 +193,7 @@ fn after(id: EventId) -> Start {
 }
 
 async fn subscribe(hub: &Hub, filter: &str, start: Start) -> (Opening, Cursor) {
-    hub.subscribe(&filters(&[filter]), start, Wish::all(Format::Raw)).await.unwrap()
+    hub.subscribe(&filters(&[filter]), start, SubscribeOptions::all(Format::Raw)).await.unwrap()
 }
 
 pub(super) fn filters(texts: &[&str]) -> Vec<Filter> {
@@ -375,7 +375,8 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
         let wanted = filters(&["a.*", "*.0", "a.0", "c", "b.>"]);
         let wanted = Filter::fold(wanted);
         assert_eq!(wanted.len(), 4);
-        let (opening, mut cursor) = hub.subscribe(&wanted, from(StartAt::Now), Wish::all(Format::Raw)).await.unwrap();
+        let (opening, mut cursor) =
+            hub.subscribe(&wanted, from(StartAt::Now), SubscribeOptions::all(Format::Raw)).await.unwrap();
         let Opening::Position(mut position) = opening else { panic!("{opening:?}") };
         let (mut owed, mut got) = (vec![], vec![]);
         for round in 0..40 {
@@ -400,7 +401,7 @@ async fn several_filters_get_each_event_once_across_any_reconnect() {
             if dice.random_ratio(1, 3) {
                 let back =
                     Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
-                let (opening, again) = hub.subscribe(&wanted, back, Wish::all(Format::Raw)).await.unwrap();
+                let (opening, again) = hub.subscribe(&wanted, back, SubscribeOptions::all(Format::Raw)).await.unwrap();
                 assert!(matches!(opening, Opening::Position(_)), "seed {seed}: {opening:?}");
                 cursor = again;
             }
@@ -460,13 +461,14 @@ async fn a_filter_that_is_new_to_an_id_begins_at_its_lowest() {
     let broker = Faulty::new(8);
     let hub = hub(&broker, |_| {});
     let (_, mut cursor) =
-        hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), Wish::all(Format::Raw)).await.unwrap();
+        hub.subscribe(&filters(&["a", "b"]), from(StartAt::Now), SubscribeOptions::all(Format::Raw)).await.unwrap();
     broker.publish("new").await;
     broker.publish("a").await;
     let frames = timeout(BOUND, frames_of(&mut cursor)).await.unwrap();
     let id = id_of(&frames[0]).to_string();
     let back = Start { last_event_id: Some(id), at: StartAt::Now, new: NewFilters::Lowest };
-    let (_, mut cursor) = hub.subscribe(&filters(&["a", "new"]), back, Wish::all(Format::Raw)).await.unwrap();
+    let (_, mut cursor) =
+        hub.subscribe(&filters(&["a", "new"]), back, SubscribeOptions::all(Format::Raw)).await.unwrap();
     broker.publish("a").await;
     let mut got = take(&mut cursor, 2).await;
     got.sort_unstable();
@@ -500,7 +502,7 @@ async fn a_place_that_moved_past_skipped_events_is_told() {
     let position = Position::new(epoch, 1, [(tags[0], 3)]);
     let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
 
-    let (_, mut cursor) = hub.subscribe(&wanted, start, Wish::all(Format::Raw)).await.unwrap();
+    let (_, mut cursor) = hub.subscribe(&wanted, start, SubscribeOptions::all(Format::Raw)).await.unwrap();
 
     assert!(timeout(BOUND, frames_of(&mut cursor)).await.is_err(), "everything was handed over before");
     let told = cursor.quiet_position().expect("its place has moved");
@@ -606,7 +608,8 @@ async fn filters_that_begin_now_begin_at_the_same_moment() {
     let _behind = subscribe(&hub, "a.*", from(StartAt::Now)).await;
     broker.publish("a.0").await;
     let both = filters(&["a.*", "*.0"]);
-    let (opening, mut cursor) = hub.subscribe(&both, from(StartAt::Now), Wish::all(Format::Raw)).await.unwrap();
+    let (opening, mut cursor) =
+        hub.subscribe(&both, from(StartAt::Now), SubscribeOptions::all(Format::Raw)).await.unwrap();
     let id = broker.publish("a.0").await;
     assert_eq!(text(&opening), EventId { sequence: id.sequence - 1, ..id }.to_string());
     assert_eq!(take(&mut cursor, 1).await, [id.sequence]);

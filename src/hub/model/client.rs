@@ -86,7 +86,7 @@ impl Client {
         let filters = filters.iter().map(|text| Filter::parse(text).unwrap()).collect();
         let mut client = Client { filters, wanted, ..Client::default() };
         let start = Start { last_event_id: None, at: at.clone(), new: NewFilters::Lowest };
-        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, wanted.wish()).await else {
+        let Ok((opening, cursor)) = hub.subscribe(&client.filters, start, wanted.options()).await else {
             return client;
         };
         client.cursor = Some(cursor);
@@ -170,7 +170,7 @@ impl Client {
             self.wanted_before.push((std::mem::replace(&mut self.wanted, wanted), position.clone()));
         }
         let start = Start { last_event_id: Some(position.to_string()), at: StartAt::Now, new: NewFilters::Lowest };
-        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, self.wanted.wish()).await {
+        if let Ok((opening, cursor)) = hub.subscribe(&self.filters, start, self.wanted.options()).await {
             self.cursor = Some(cursor);
             if let Opening::Position(told) = &opening {
                 let stands =

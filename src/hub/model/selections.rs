@@ -4,7 +4,7 @@ use std::{num::NonZeroU32, time::Duration};
 
 use crate::{
     event::{Epoch, Event},
-    hub::{Selection, Wish},
+    hub::{Selection, SubscribeOptions},
     sieve::{Condition, Document, Sieve, Types},
     wire::Format,
 };
@@ -42,9 +42,9 @@ impl Wanted {
         Sieve::new(types, self.condition.map(|text| Condition::parse(text).unwrap()))
     }
 
-    pub fn wish(&self) -> Wish {
+    pub fn options(&self) -> SubscribeOptions {
         let selection = Selection { sieve: self.sieve(), every: self.every };
-        Wish { selection, rate: self.rate, ..Wish::all(Format::Raw) }
+        SubscribeOptions { selection, rate: self.rate, ..SubscribeOptions::all(Format::Raw) }
     }
 
     pub fn passes(&self, epoch: Epoch, event: &Event) -> bool {
